@@ -1,0 +1,308 @@
+// A vector of floats as wide as the instruction set of this translation unit, with the loads,
+// stores and functions that the CPU kernels need. Three bodies, one interface: AVX-512 (16 lanes),
+// AVX2 (8) and portable loops (8, left to the compiler's vectoriser).
+//
+// Everything lives in a namespace named after the level (mtp::avx512, ...): code that was compiled
+// for another level must never be linked in its place.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mtp {
+namespace MTP_SIMD {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  using Mask = __mmask16;
+  __m512 v;
+
+  Vec() = default;
+  Vec(__m512 x) : v(x) {}
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+
+  static Mask first(int64_t n) { return static_cast<Mask>((1u << n) - 1u); }
+
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+  static Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static Vec load(const float* p, int64_t n, Vec fill) {
+    return _mm512_mask_loadu_ps(fill.v, first(n), p);
+  }
+  static Vec load(const BFloat16* p, int64_t n, Vec fill) {
+    const Vec x = widen(_mm256_maskz_loadu_epi16(first(n), p));
+    return _mm512_mask_blend_ps(first(n), fill.v, x.v);
+  }
+  static Vec load(const Half* p, int64_t n, Vec fill) {
+    const __m512 x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+    return _mm512_mask_blend_ps(first(n), fill.v, x);
+  }
+
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BFloat16* p) const { _mm256_storeu_si256((__m256i*)p, narrow()); }
+  void store(Half* p) const { _mm256_storeu_si256((__m256i*)p, half()); }
+  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+  void store(Half* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), half()); }
+
+  friend Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+  friend Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+  friend Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+  friend Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+  friend Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+  // As the instruction has it: b where either is NaN.
+  friend Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+  friend Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+  friend Vec round(Vec a) {
+    return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // x * 2^n for integral n, with underflow to zero and subnormals as IEEE has it.
+  friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
+
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
+  }
+  // Bit i is set where lane i of a equals b.
+  friend uint32_t equal_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+
+  float hmax() const { return _mm512_reduce_max_ps(v); }
+  float hsum() const { return _mm512_reduce_add_ps(v); }
+
+ private:
+  static Vec widen(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  __m256i narrow() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  }
+  __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  Vec() = default;
+  Vec(__m256 x) : v(x) {}
+  explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
+
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec load(const BFloat16* p) {
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  }
+  static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  template <class T>
+  static Vec load(const T* p, int64_t n, Vec fill) {
+    float lanes[kLanes];
+    fill.store(lanes);
+    for (int64_t i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+    return load(lanes);
+  }
+
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high),
+                                                   _mm256_extracti128_si256(high, 1)));
+  }
+  void store(Half* p) const {
+    _mm_storeu_si128((__m128i*)p,
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  template <class T>
+  void store(T* p, int64_t n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+  friend Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+  friend Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+  friend Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+  friend Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+  friend Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+  friend Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
+  friend Vec round(Vec a) {
+    return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // In two halves, since 2^n itself may be subnormal.
+  friend Vec scale_by_power(Vec x, Vec n) {
+    const __m256i whole = _mm256_cvtps_epi32(n.v);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return x * power(half) * power(_mm256_sub_epi32(whole, half));
+  }
+
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+  }
+  friend uint32_t equal_lanes(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
+  }
+
+  float hmax() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  float hsum() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+
+ private:
+  static Vec power(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+};
+
+#else
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  float v[kLanes];
+
+  Vec() = default;
+  explicit Vec(float x) {
+    for (float& lane : v) lane = x;
+  }
+
+  template <class T>
+  static Vec load(const T* p) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+  template <class T>
+  static Vec load(const T* p, int64_t n, Vec fill) {
+    for (int64_t i = 0; i < n; ++i) fill.v[i] = to_float(p[i]);
+    return fill;
+  }
+  template <class T>
+  void store(T* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(v[i]);
+  }
+  template <class T>
+  void store(T* p, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+  }
+
+  template <class F>
+  static Vec map(const Vec& a, const Vec& b, F f) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = f(a.v[i], b.v[i]);
+    return r;
+  }
+  friend Vec operator+(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x + y; });
+  }
+  friend Vec operator-(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x - y; });
+  }
+  friend Vec operator*(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x * y; });
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x / y; });
+  }
+  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  friend Vec max(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x > y ? x : y; });
+  }
+  friend Vec min(Vec a, Vec b) {
+    return map(a, b, [](float x, float y) { return x < y ? x : y; });
+  }
+  // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer in the default mode.
+  friend Vec round(Vec a) {
+    return map(a, a, [](float x, float) {
+      volatile float shifted = x + 12582912.0f;
+      return shifted - 12582912.0f;
+    });
+  }
+  friend Vec scale_by_power(Vec x, Vec n) {
+    return map(x, n, [](float value, float power) {
+      const int32_t whole = static_cast<int32_t>(power), half = whole >> 1;
+      return value * bits_to_float(static_cast<uint32_t>(half + 127) << 23) *
+             bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
+    });
+  }
+
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
+    return r;
+  }
+  friend uint32_t equal_lanes(Vec a, Vec b) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+    return mask;
+  }
+
+  float hmax() const {
+    float r = v[0];
+    for (float lane : v) r = lane > r ? lane : r;
+    return r;
+  }
+  float hsum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+};
+
+#endif
+
+inline Vec operator-(Vec a) { return Vec(0.0f) - a; }
+
+// exp(x) for x <= 88.72, below 2 ulp of the true value where that is a normal number (about 1.1 was
+// seen over all floats); below -87.34 the result loses bits as subnormals do and reaches 0 by -104;
+// exp(-inf) is 0 and NaN stays NaN.
+inline Vec exp(Vec x) {
+  // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, ln(2) split in two so that n * high is exact.
+  const Vec bounded = min(Vec(88.72f), max(Vec(-105.0f), x));  // in this order NaN passes
+  const Vec n = round(bounded * Vec(1.44269504088896341f));
+  const Vec r = fma(n, Vec(-1.42860682e-6f), fma(n, Vec(-0.693145751953125f), bounded));
+  // Minimax polynomial of (exp(r) - 1 - r) / r^2 on the interval.
+  Vec p = fma(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+  p = fma(p, r, Vec(8.3334519073e-3f));
+  p = fma(p, r, Vec(4.1665795894e-2f));
+  p = fma(p, r, Vec(1.6666665459e-1f));
+  p = fma(p, r, Vec(5.0000001201e-1f));
+  return scale_by_power(fma(p, r * r, r + Vec(1.0f)), n);
+}
+
+// tanh(x), below 4 ulp: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+inline Vec tanh(Vec x) {
+  const Vec y = x * x;
+  Vec p = fma(Vec(-5.70498872745e-3f), y, Vec(2.06390887954e-2f));
+  p = fma(p, y, Vec(-5.37397155531e-2f));
+  p = fma(p, y, Vec(1.33314422036e-1f));
+  p = fma(p, y, Vec(-3.33332819422e-1f));
+  const Vec near_zero = fma(p * y, x, x);
+  const Vec far = Vec(1.0f) - Vec(2.0f) / (exp(x + x) + Vec(1.0f));
+  return select_less(y, Vec(0.390625f), near_zero, far);
+}
+
+}  // namespace MTP_SIMD
+}  // namespace mtp

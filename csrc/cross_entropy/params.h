@@ -1,0 +1,39 @@
+// What the cross-entropy row kernel reads and writes. One call handles `rows` rows of logits; the
+// CPU and the CUDA kernel take the same struct.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/simd_level.h"
+
+namespace mtp {
+
+struct CrossEntropyParams {
+  const void* logits;         // (rows, vocab), row stride ld
+  void* grad;                 // (rows, vocab), row stride grad_ld; may be logits; null: loss only
+  const int64_t* target;      // (rows)
+  const float* row_weight;    // (rows), or null for 1
+  const float* class_weight;  // (vocab), or null for 1
+  const float* grad_output;   // (rows): upstream gradient of each row's loss, or null for 1
+  float* loss;                // (rows), or null
+  float* lse;                 // (rows), or null
+  bool* correct;              // (rows), or null: argmax == target
+  int64_t rows, vocab, ld, grad_ld;
+  int64_t ignore_index;
+  float label_smoothing, z_loss;
+  float softcap;           // 0: off
+  float class_weight_sum;  // vocab without class weights
+  DType dtype;
+};
+
+// Rows whose target is ignore_index: loss 0, lse 0, not correct, gradient 0; their logits are not
+// read. Rows whose target is outside [0, vocab): loss, lse and gradient NaN.
+template <SimdLevel level>  // defined in cpu.cpp, which is compiled once per level
+void cross_entropy_rows(const CrossEntropyParams& params, int threads);
+
+inline void cross_entropy_cpu(const CrossEntropyParams& params, int threads) {
+  with_simd_level([&](auto level) { cross_entropy_rows<level.value>(params, threads); });
+}
+
+}  // namespace mtp

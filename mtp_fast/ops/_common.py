@@ -1,0 +1,52 @@
+"""What every op needs before it calls its kernel: checks of arguments and the kernels' codes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# csrc/common/dtype.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+INTEGER_DTYPES = (torch.int64, torch.int32)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """Return `value`, or raise TypeError if it is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return value
+
+
+def check_float_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = ()) -> None:
+    """Raise TypeError unless the dtype is one of `dtypes` (default: all that kernels take)."""
+    allowed = tuple(dtypes) or tuple(DTYPE_CODES)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name}: expected {_names(allowed)}, got {tensor.dtype}")
+
+
+def check_integer_dtype(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor holds int64 or int32."""
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: expected {_names(INTEGER_DTYPES)}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
+    """Raise ValueError unless the shape is `shape`; `meaning` says what the sizes are, "(B, T)"."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name}: expected shape {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} (where {like_name} is), got {tensor.device}"
+        )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [str(dtype) for dtype in dtypes]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
