@@ -1,1 +1,1 @@
-"""Fused ops: each validates its arguments, calls its kernel and is registered with torch.library."""
+"""Fused ops: each validates its arguments, calls its kernel and registers with torch.library."""
