@@ -24,8 +24,9 @@ T* pointer(uintptr_t address) {
 void cross_entropy(int threads, int dtype, uintptr_t logits, int64_t ld, uintptr_t grad,
                    int64_t grad_ld, int64_t rows, int64_t vocab, uintptr_t target,
                    uintptr_t row_weight, uintptr_t class_weight, uintptr_t grad_output,
-                   uintptr_t loss, uintptr_t lse, uintptr_t correct, int64_t ignore_index,
-                   float label_smoothing, float z_loss, float softcap, float class_weight_sum) {
+                   uintptr_t workspace, uintptr_t loss, uintptr_t lse, uintptr_t correct,
+                   int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
+                   float class_weight_sum) {
   CrossEntropyParams p{};
   p.logits = pointer<const void>(logits);
   p.grad = pointer<void>(grad);
@@ -33,6 +34,7 @@ void cross_entropy(int threads, int dtype, uintptr_t logits, int64_t ld, uintptr
   p.row_weight = pointer<const float>(row_weight);
   p.class_weight = pointer<const float>(class_weight);
   p.grad_output = pointer<const float>(grad_output);
+  p.workspace = pointer<float>(workspace);
   p.loss = pointer<float>(loss);
   p.lse = pointer<float>(lse);
   p.correct = pointer<bool>(correct);
@@ -47,6 +49,13 @@ void cross_entropy(int threads, int dtype, uintptr_t logits, int64_t ld, uintptr
   p.class_weight_sum = class_weight_sum;
   p.dtype = static_cast<DType>(dtype);
   cross_entropy_cpu(p, threads);
+}
+
+void scaled_add(int threads, int x_dtype, uintptr_t x, int y_dtype, uintptr_t y, int64_t n,
+                float alpha, bool accumulate) {
+  scaled_add_cpu({pointer<const void>(x), pointer<void>(y), n, alpha, accumulate,
+                  static_cast<DType>(x_dtype), static_cast<DType>(y_dtype)},
+                 threads);
 }
 
 const char* name_of(SimdLevel level) {
@@ -79,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace mtp;
   using without_gil = py::call_guard<py::gil_scoped_release>;
   m.def("cross_entropy", &mtp::cross_entropy, without_gil());
+  m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

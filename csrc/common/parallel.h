@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace mtp {
 
@@ -20,29 +21,36 @@ void run_on_threads(int threads, void (*body)(void*), void* context);
 const char* thread_source();
 
 // Calls f(begin, end) for pieces of [0, n), `grain` items each, handed out in order to whichever
-// thread is free. f must not depend on which thread runs it.
+// thread is free. f may take a third argument, the worker's number in [0, threads), to find its
+// part of a workspace; results must not depend on it.
 template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, const F& f) {
+  const auto call = [&f](int64_t begin, int64_t end, int worker) {
+    if constexpr (std::is_invocable_v<F, int64_t, int64_t, int>) {
+      f(begin, end, worker);
+    } else {
+      f(begin, end);
+    }
+  };
   if (n <= 0) return;
   const int64_t pieces = (n + grain - 1) / grain;
   if (threads > pieces) threads = static_cast<int>(pieces);
-  if (threads <= 1) {
-    f(int64_t{0}, n);
-    return;
-  }
+  if (threads <= 1) return call(0, n, 0);
   struct Context {
     std::atomic<int64_t> next;
+    std::atomic<int> workers;
     int64_t n, grain;
-    const F* f;
-  } context{{0}, n, grain, &f};
+    const decltype(call)* body;
+  } context{{0}, {0}, n, grain, &call};
   run_on_threads(
       threads,
       [](void* pointer) {
         auto& c = *static_cast<Context*>(pointer);
+        const int worker = c.workers.fetch_add(1, std::memory_order_relaxed);
         for (;;) {
           const int64_t begin = c.next.fetch_add(c.grain, std::memory_order_relaxed);
           if (begin >= c.n) return;
-          (*c.f)(begin, begin + c.grain < c.n ? begin + c.grain : c.n);
+          (*c.body)(begin, begin + c.grain < c.n ? begin + c.grain : c.n, worker);
         }
       },
       &context);

@@ -1,6 +1,6 @@
 // A vector of floats as wide as the instruction set of this translation unit, with the loads,
 // stores and functions that the CPU kernels need. Three bodies, one interface: AVX-512 (16 lanes),
-// AVX2 (8) and portable loops (8, left to the compiler's vectoriser).
+// AVX2 (8) and the compiler's portable vectors (4).
 //
 // Everything lives in a namespace named after the level (mtp::avx512, ...): code that was compiled
 // for another level must never be linked in its place.
@@ -68,12 +68,10 @@ struct Vec {
   // x * 2^n for integral n, with underflow to zero and subnormals as IEEE has it.
   friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
 
+  friend bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
   }
-  // Bit i is set where lane i of a equals b.
-  friend uint32_t equal_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-
   float hmax() const { return _mm512_reduce_max_ps(v); }
   float hsum() const { return _mm512_reduce_add_ps(v); }
 
@@ -157,13 +155,12 @@ struct Vec {
     return x * power(half) * power(_mm256_sub_epi32(whole, half));
   }
 
+  friend bool any_greater(Vec a, Vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
+  }
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
   }
-  friend uint32_t equal_lanes(Vec a, Vec b) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
-  }
-
   float hmax() const {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -183,92 +180,67 @@ struct Vec {
 
 #else
 
+// The compiler's own vectors: SSE2, NEON or whatever the target's baseline has.
 struct Vec {
-  static constexpr int kLanes = 8;
-  float v[kLanes];
+  static constexpr int kLanes = 4;
+  typedef float Float4 __attribute__((vector_size(16)));
+  typedef int32_t Int4 __attribute__((vector_size(16)));
+  Float4 v;
 
   Vec() = default;
-  explicit Vec(float x) {
-    for (float& lane : v) lane = x;
-  }
+  Vec(Float4 x) : v(x) {}
+  explicit Vec(float x) : v{x, x, x, x} {}
 
+  static Vec load(const float* p) {
+    Vec r;
+    memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
   template <class T>
   static Vec load(const T* p) {
-    Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = to_float(p[i]);
-    return r;
+    return Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
   template <class T>
   static Vec load(const T* p, int64_t n, Vec fill) {
     for (int64_t i = 0; i < n; ++i) fill.v[i] = to_float(p[i]);
     return fill;
   }
+  void store(float* p) const { memcpy(p, &v, sizeof v); }
   template <class T>
   void store(T* p) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(v[i]);
+    store(p, kLanes);
   }
   template <class T>
   void store(T* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
   }
 
-  template <class F>
-  static Vec map(const Vec& a, const Vec& b, F f) {
-    Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = f(a.v[i], b.v[i]);
-    return r;
-  }
-  friend Vec operator+(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x + y; });
-  }
-  friend Vec operator-(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x - y; });
-  }
-  friend Vec operator*(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x * y; });
-  }
-  friend Vec operator/(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x / y; });
-  }
-  friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-  friend Vec max(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x > y ? x : y; });
-  }
-  friend Vec min(Vec a, Vec b) {
-    return map(a, b, [](float x, float y) { return x < y ? x : y; });
-  }
+  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+  friend Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+  friend Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
   // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer in the default mode.
-  friend Vec round(Vec a) {
-    return map(a, a, [](float x, float) {
-      volatile float shifted = x + 12582912.0f;
-      return shifted - 12582912.0f;
-    });
-  }
+  friend Vec round(Vec a) { return (a + Vec(12582912.0f)) - Vec(12582912.0f); }
+  // In two halves, since 2^n itself may be subnormal.
   friend Vec scale_by_power(Vec x, Vec n) {
-    return map(x, n, [](float value, float power) {
-      const int32_t whole = static_cast<int32_t>(power), half = whole >> 1;
-      return value * bits_to_float(static_cast<uint32_t>(half + 127) << 23) *
-             bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
-    });
+    const Int4 whole = __builtin_convertvector(n.v, Int4), half = whole >> 1;
+    return x * Vec((Float4)((half + 127) << 23)) * Vec((Float4)((whole - half + 127) << 23));
   }
 
-  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
-    Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
-    return r;
+  friend bool any_greater(Vec a, Vec b) {
+    const Int4 greater = a.v > b.v;
+    return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
   }
-  friend uint32_t equal_lanes(Vec a, Vec b) {
-    uint32_t mask = 0;
-    for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
-    return mask;
-  }
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes.v : no.v; }
 
   float hmax() const {
-    float r = v[0];
-    for (float lane : v) r = lane > r ? lane : r;
-    return r;
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
   }
-  float hsum() const { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+  float hsum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };
 
 #endif

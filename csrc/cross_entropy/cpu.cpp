@@ -1,10 +1,12 @@
 // Cross-entropy of rows of logits on the CPU: loss, statistics and gradient.
 //
-// A thread takes one row at a time. The row comes from memory once, for the running maximum and
-// sum; the gradient pass finds it in the core's cache and may write over it. Nothing is allocated,
+// A thread takes one row at a time. The first pass brings the row from memory and makes the sum of
+// exponentials; those it keeps (in the gradient's own row for float32, in a workspace that stays in
+// the core's cache for 16-bit storage), so the second pass only scales them. Nothing is allocated,
 // and a row's result does not depend on the thread count.
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -15,8 +17,27 @@ namespace mtp {
 namespace MTP_SIMD {
 namespace {
 
-// Vectors whose exponentials share one rescaling of the running sum.
+constexpr int kLanes = Vec::kLanes;
 constexpr int kUnroll = 8;
+constexpr int64_t kBlock = kUnroll * kLanes;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Exponentials are taken relative to a reference that trails the running maximum by at most
+// kSlack, so it changes rarely: the sum and what was kept need no rescaling in between.
+constexpr float kSlack = 10.0f;
+
+// The references that a row's kept exponentials belong to: those from begin[j] on to reference[j].
+struct References {
+  static constexpr int kMax = 32;
+  int64_t begin[kMax];
+  float reference[kMax];
+  int count = 0;
+
+  void add(int64_t i, float value) {
+    begin[count] = i;
+    reference[count++] = value;
+  }
+};
 
 template <class T, bool kSoftcap>
 struct Row {
@@ -24,117 +45,149 @@ struct Row {
   int64_t vocab;
   Vec cap, inverse_cap;
 
-  // Vector i of the row, softcapped; lanes past the end hold `fill`.
-  Vec whole(int64_t i) const { return capped(Vec::load(logits + i)); }
-  Vec tail(int64_t i, Vec fill) const {
-    const Vec raw = Vec::load(logits + i, vocab - i, fill);
-    if constexpr (!kSoftcap) return raw;
-    float lanes[Vec::kLanes];
-    fill.store(lanes);
-    capped(raw).store(lanes, vocab - i);
-    return Vec::load(lanes);
-  }
   Vec capped(Vec raw) const {
     if constexpr (kSoftcap) return softcap(raw, cap, inverse_cap);
     return raw;
   }
+  Vec whole(int64_t i) const { return capped(Vec::load(logits + i)); }
+  // Up to a vector's worth of logits from i on; lanes past the end hold `fill`.
+  Vec tail(int64_t i, Vec fill) const {
+    const int64_t n = vocab - i;
+    if (n >= kLanes) return whole(i);
+    float lanes[kLanes];
+    fill.store(lanes);
+    capped(Vec::load(logits + i, n, fill)).store(lanes, n);
+    return Vec::load(lanes);
+  }
   // One logit with the same arithmetic as a whole vector.
   float at(int64_t i) const {
-    float lanes[Vec::kLanes];
+    float lanes[kLanes];
     capped(Vec(to_float(logits[i]))).store(lanes);
     return lanes[0];
   }
 };
 
-template <class T, bool kSoftcap>
+Vec class_weights(const float* class_weight, int64_t i, int64_t n) {
+  if (class_weight == nullptr) return Vec(1.0f);
+  return n >= kLanes ? Vec::load(class_weight + i) : Vec::load(class_weight + i, n, Vec(0.0f));
+}
+
+void scale_row(float* values, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+}
+
+// First pass. With kKeep, exponentials[v] = exp(z_v - reference); it may be the row itself.
+// `correct` receives argmax == target, ties to the lowest id.
+template <bool kKeep, class T, bool kSoftcap>
 RowStats row_stats(const Row<T, kSoftcap>& row, int64_t target, const float* class_weight,
-                   bool smoothing) {
-  constexpr int kLanes = Vec::kLanes;
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  // The running maximum starts at a finite value: exp(-inf - -inf) would be NaN.
+                   bool smoothing, float* exponentials, References& references, bool& correct) {
+  const float target_logit = row.at(target);
+  float reference = -FLT_MAX;  // finite: exp(-inf - -inf) would be NaN
+  float max_before_target = -kInfinity;
   Vec max_lanes(-FLT_MAX), sum(0.0f), smooth(0.0f);
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= row.vocab; i += kUnroll * kLanes) {
-    Vec z[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) z[k] = row.whole(i + k * kLanes);
-    Vec top = max(max(max(z[0], z[1]), max(z[2], z[3])), max(max(z[4], z[5]), max(z[6], z[7])));
-    top = max(max_lanes, top);
-    Vec piece[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) piece[k] = exp(z[k] - top);
-    for (int step = kUnroll / 2; step > 0; step /= 2) {
-      for (int k = 0; k < step; ++k) piece[k] = piece[k] + piece[k + step];
-    }
-    sum = fma(sum, exp(max_lanes - top), piece[0]);
-    max_lanes = top;
-    if (smoothing) {
-      for (int k = 0; k < kUnroll; ++k) {
-        const Vec a = class_weight ? Vec::load(class_weight + i + k * kLanes) : Vec(1.0f);
-        smooth = fma(a, z[k], smooth);
+
+  // Before a block is read for the last time: its maximum so far, and a reference that suits it.
+  const auto enter_block = [&](int64_t i, int64_t end, Vec top) {
+    if (i <= target && target < end) {
+      max_before_target = max_lanes.hmax();
+      for (int64_t v = i; v < target; ++v) {
+        const float z = row.at(v);
+        max_before_target = z > max_before_target ? z : max_before_target;
       }
     }
+    max_lanes = max(max_lanes, top);
+    if (references.count > 0 && !any_greater(top, Vec(reference + kSlack))) return;
+    const float next = max_lanes.hmax();
+    sum = sum * exp(Vec(reference - next));
+    if (kKeep && references.count == References::kMax) {
+      for (int j = 0; j < References::kMax; ++j) {
+        const int64_t begin = references.begin[j];
+        const int64_t stop = j + 1 < References::kMax ? references.begin[j + 1] : i;
+        scale_row(exponentials + begin, stop - begin, std::exp(references.reference[j] - next));
+      }
+      references.count = 0;
+      references.add(0, next);
+    } else {
+      if (!kKeep) references.count = 0;
+      references.add(i, next);
+    }
+    reference = next;
+  };
+
+  int64_t i = 0;
+  for (; i + kBlock <= row.vocab; i += kBlock) {
+    Vec z[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) z[k] = row.whole(i + k * kLanes);
+    enter_block(i, i + kBlock,
+                max(max(max(z[0], z[1]), max(z[2], z[3])), max(max(z[4], z[5]), max(z[6], z[7]))));
+    if (smoothing) {
+      for (int k = 0; k < kUnroll; ++k) {
+        smooth = fma(class_weights(class_weight, i + k * kLanes, kLanes), z[k], smooth);
+      }
+    }
+    const Vec shift(reference);
+    for (int k = 0; k < kUnroll; ++k) {
+      z[k] = exp(z[k] - shift);
+      if constexpr (kKeep) z[k].store(exponentials + i + k * kLanes);
+    }
+    sum = sum + (((z[0] + z[1]) + (z[2] + z[3])) + ((z[4] + z[5]) + (z[6] + z[7])));
   }
   for (; i < row.vocab; i += kLanes) {
     const int64_t n = row.vocab - i < kLanes ? row.vocab - i : kLanes;
-    const Vec z = n < kLanes ? row.tail(i, Vec(-kInfinity)) : row.whole(i);
-    const Vec top = max(max_lanes, z);
-    sum = fma(sum, exp(max_lanes - top), exp(z - top));
-    max_lanes = top;
-    if (smoothing) {
-      const Vec a = class_weight ? Vec::load(class_weight + i, n, Vec(0.0f)) : Vec(1.0f);
-      smooth = fma(a, n < kLanes ? row.tail(i, Vec(0.0f)) : z, smooth);
-    }
+    const Vec z = row.tail(i, Vec(-kInfinity));
+    const Vec z_or_zero = row.tail(i, Vec(0.0f));
+    enter_block(i, i + n, z);
+    if (smoothing) smooth = fma(class_weights(class_weight, i, n), z_or_zero, smooth);
+    const Vec e = exp(z - Vec(reference));
+    if constexpr (kKeep) e.store(exponentials + i, n);
+    sum = sum + e;
   }
+
   const float max = max_lanes.hmax();
-  const float total = (sum * exp(max_lanes - Vec(max))).hsum();
-  return {max, std::log(total), row.at(target), smooth.hsum()};
+  correct = target_logit == max && max_before_target < max;
+  const float total = sum.hsum() * std::exp(reference - max);
+  return {max, std::log(total), target_logit, smooth.hsum()};
 }
 
-// argmax == target, ties to the lowest id.
-template <class T, bool kSoftcap>
-bool is_argmax(const Row<T, kSoftcap>& row, const RowStats& stats, int64_t target) {
-  if (stats.target_logit != stats.max) return false;
-  const Vec top(stats.max);
-  int64_t i = 0;
-  for (; i + Vec::kLanes <= target; i += Vec::kLanes) {
-    if (equal_lanes(row.whole(i), top) != 0) return false;
-  }
-  for (; i < target; ++i) {
-    if (row.at(i) == stats.max) return false;
-  }
-  return true;
-}
-
-// grad may be the row itself: each vector is read before it is written.
-template <class T, bool kSoftcap>
+// Second pass: from what the first pass kept, or (kKeep false) from the logits once more. grad may
+// be the row itself and the exponentials.
+template <bool kKeep, class T, bool kSoftcap>
 void write_gradient(const Row<T, kSoftcap>& row, const RowStats& stats, const RowCoefficients& c,
-                    int64_t target, const float* class_weight, T* grad) {
-  constexpr int kLanes = Vec::kLanes;
+                    int64_t target, const float* class_weight, const float* exponentials,
+                    const References& references, T* grad) {
   // p_v = exp(z_v - max) / sum, not exp(z_v - lse): lse rounds at the size of max.
-  const Vec top(stats.max), on_class(-c.on_class);
-  const Vec on_probability(c.on_probability * std::exp(-stats.log_sum));
-  const auto gradient = [&](Vec z, Vec a) {
-    const Vec g = fma(on_probability, exp(z - top), on_class * a);
+  const float on_probability = c.on_probability * std::exp(-stats.log_sum);
+  const Vec on_class(-c.on_class), top(stats.max);
+  const auto derivative = [&](Vec z, Vec g) {
     if constexpr (kSoftcap) return g * softcap_derivative(z, row.inverse_cap);
     return g;
   };
+  // In float32 up to the end: the vector pass below rounds p_v to the storage type first.
   const float at_target = [&] {
-    const Vec a(class_weight ? class_weight[target] : 1.0f);
+    const Vec z(stats.target_logit), a(class_weight ? class_weight[target] : 1.0f);
     float lanes[kLanes];
-    Vec g = fma(on_probability, exp(Vec(stats.target_logit) - top),
-                fma(on_class, a, Vec(-c.on_target)));
-    if constexpr (kSoftcap) g = g * softcap_derivative(Vec(stats.target_logit), row.inverse_cap);
-    g.store(lanes);
+    derivative(z, fma(Vec(on_probability), exp(z - top), fma(on_class, a, Vec(-c.on_target))))
+        .store(lanes);
     return lanes[0];
   }();
-  int64_t i = 0;
-  for (; i + kLanes <= row.vocab; i += kLanes) {
-    const Vec a = class_weight ? Vec::load(class_weight + i) : Vec(1.0f);
-    gradient(row.whole(i), a).store(grad + i);
-  }
-  if (i < row.vocab) {
-    const int64_t n = row.vocab - i;
-    const Vec a = class_weight ? Vec::load(class_weight + i, n, Vec(0.0f)) : Vec(1.0f);
-    gradient(row.tail(i, Vec(0.0f)), a).store(grad + i, n);
+  const auto piece = [&](int64_t i, int64_t n, Vec factor) {
+    const Vec a = class_weights(class_weight, i, n);
+    if constexpr (kKeep) {
+      const Vec e =
+          n < kLanes ? Vec::load(exponentials + i, n, Vec(0.0f)) : Vec::load(exponentials + i);
+      return fma(factor, e, on_class * a);
+    } else {
+      const Vec z = row.tail(i, Vec(0.0f));
+      return derivative(z, fma(factor, exp(z - top), on_class * a));
+    }
+  };
+  for (int j = 0; j < references.count; ++j) {
+    const int64_t stop = j + 1 < references.count ? references.begin[j + 1] : row.vocab;
+    const Vec factor(kKeep ? on_probability * std::exp(references.reference[j] - stats.max)
+                           : on_probability);
+    int64_t i = kKeep ? references.begin[j] : 0;
+    for (; i + kLanes <= stop; i += kLanes) piece(i, kLanes, factor).store(grad + i);
+    if (i < stop) piece(i, stop - i, factor).store(grad + i, stop - i);
   }
   grad[target] = from_float<T>(at_target);
 }
@@ -146,7 +199,7 @@ void fill_row(T* grad, int64_t vocab, float value) {
 }
 
 template <class T, bool kSoftcap>
-void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r) {
+void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r, int worker) {
   const int64_t target = p.target[r];
   T* grad = p.grad ? static_cast<T*>(p.grad) + r * p.grad_ld : nullptr;
   const auto write_stats = [&](float loss, float lse, bool correct) {
@@ -164,15 +217,26 @@ void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r) {
                              Vec(kSoftcap ? 1.0f / p.softcap : 0.0f)};
   const float weight = p.row_weight ? p.row_weight[r] : 1.0f;
   const float target_class_weight = p.class_weight ? p.class_weight[target] : 1.0f;
-  const RowStats stats = row_stats(row, target, p.class_weight, terms.label_smoothing != 0.0f);
-  write_stats(p.loss ? row_loss(stats, terms, weight, target_class_weight) : 0.0f, row_lse(stats),
-              p.correct && is_argmax(row, stats, target));
-  if (grad) {
-    const float upstream = p.grad_output ? p.grad_output[r] : 1.0f;
-    const RowCoefficients c =
-        row_coefficients(stats, terms, weight * upstream, target_class_weight);
-    write_gradient(row, stats, c, target, p.class_weight, grad);
+  const bool smoothing = terms.label_smoothing != 0.0f;
+  References references;
+  bool correct;
+  if (grad == nullptr) {
+    const RowStats stats =
+        row_stats<false>(row, target, p.class_weight, smoothing, nullptr, references, correct);
+    write_stats(row_loss(stats, terms, weight, target_class_weight), row_lse(stats), correct);
+    return;
   }
+  // The derivative of the softcap needs the logits again, so there they are not given up.
+  constexpr bool kKeep = !kSoftcap;
+  float* exponentials = p.workspace + worker * p.vocab;
+  if constexpr (std::is_same_v<T, float>) exponentials = grad;
+  const RowStats stats =
+      row_stats<kKeep>(row, target, p.class_weight, smoothing, exponentials, references, correct);
+  write_stats(row_loss(stats, terms, weight, target_class_weight), row_lse(stats), correct);
+  const float upstream = p.grad_output ? p.grad_output[r] : 1.0f;
+  write_gradient<kKeep>(row, stats,
+                        row_coefficients(stats, terms, weight * upstream, target_class_weight),
+                        target, p.class_weight, exponentials, references, grad);
 }
 
 }  // namespace
@@ -188,8 +252,8 @@ void cross_entropy_rows<SimdLevel::MTP_SIMD>(const CrossEntropyParams& p, int th
   dispatch_dtype(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     const auto run = [&](auto cap) {
-      parallel_for(threads, p.rows, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) one_row<T, decltype(cap)::value>(p, terms, r);
+      parallel_for(threads, p.rows, grain, [&](int64_t begin, int64_t end, int worker) {
+        for (int64_t r = begin; r < end; ++r) one_row<T, decltype(cap)::value>(p, terms, r, worker);
       });
     };
     if (p.softcap > 0.0f) {
@@ -197,6 +261,28 @@ void cross_entropy_rows<SimdLevel::MTP_SIMD>(const CrossEntropyParams& p, int th
     } else {
       run(std::false_type{});
     }
+  });
+}
+
+template <>
+void scaled_add_run<SimdLevel::MTP_SIMD>(const ScaledAddParams& p, int threads) {
+  using namespace MTP_SIMD;
+  dispatch_dtype(p.x_dtype, [&](auto from) {
+    dispatch_dtype(p.y_dtype, [&](auto to) {
+      const auto* x = static_cast<const decltype(from)*>(p.x);
+      auto* y = static_cast<decltype(to)*>(p.y);
+      const Vec alpha(p.alpha), zero(0.0f);
+      parallel_for(threads, p.n, int64_t{1} << 15, [&](int64_t i, int64_t end) {
+        for (; i + kLanes <= end; i += kLanes) {
+          const Vec scaled = Vec::load(x + i) * alpha;
+          (p.accumulate ? Vec::load(y + i) + scaled : scaled).store(y + i);
+        }
+        if (const int64_t n = end - i; n > 0) {
+          const Vec scaled = Vec::load(x + i, n, zero) * alpha;
+          (p.accumulate ? Vec::load(y + i, n, zero) + scaled : scaled).store(y + i, n);
+        }
+      });
+    });
   });
 }
 

@@ -16,6 +16,7 @@ struct CrossEntropyParams {
   const float* row_weight;    // (rows), or null for 1
   const float* class_weight;  // (vocab), or null for 1
   const float* grad_output;   // (rows): upstream gradient of each row's loss, or null for 1
+  float* workspace;           // (threads, vocab): 16-bit gradients on the CPU; else unused
   float* loss;                // (rows), or null
   float* lse;                 // (rows), or null
   bool* correct;              // (rows), or null: argmax == target
@@ -34,6 +35,24 @@ void cross_entropy_rows(const CrossEntropyParams& params, int threads);
 
 inline void cross_entropy_cpu(const CrossEntropyParams& params, int threads) {
   with_simd_level([&](auto level) { cross_entropy_rows<level.value>(params, threads); });
+}
+
+// y = x * alpha, or y + x * alpha: the float32 accumulator of d(weight) and the final scaling of
+// the gradients, which torch does slowly across dtypes.
+struct ScaledAddParams {
+  const void* x;  // (n)
+  void* y;        // (n); may be x where the dtypes agree
+  int64_t n;
+  float alpha;
+  bool accumulate;
+  DType x_dtype, y_dtype;
+};
+
+template <SimdLevel level>
+void scaled_add_run(const ScaledAddParams& params, int threads);
+
+inline void scaled_add_cpu(const ScaledAddParams& params, int threads) {
+  with_simd_level([&](auto level) { scaled_add_run<level.value>(params, threads); });
 }
 
 }  // namespace mtp
