@@ -75,7 +75,11 @@ py::dict build_info() {
   info["pybind11"] = MTP_PYBIND11_VERSION;
   info["cuda"] = MTP_CUDA_VERSION;
   info["cuda_architectures"] = MTP_CUDA_ARCHS;
-  info["simd_best"] = name_of(best_simd_level());
+  std::vector<std::string> levels;
+  for (int level = 0; level <= static_cast<int>(best_simd_level()); ++level) {
+    levels.push_back(name_of(static_cast<SimdLevel>(level)));
+  }
+  info["simd_levels"] = levels;
   info["simd"] = name_of(simd_level());
   info["threads_from"] = thread_source();
   return info;

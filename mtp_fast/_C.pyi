@@ -1,0 +1,32 @@
+"""The compiled module (csrc/bindings.cpp): pointers, sizes and codes as integers."""
+
+from typing import Any
+
+def cross_entropy(
+    threads: int,
+    dtype: int,
+    logits: int,
+    ld: int,
+    grad: int,
+    grad_ld: int,
+    rows: int,
+    vocab: int,
+    target: int,
+    row_weight: int,
+    class_weight: int,
+    grad_output: int,
+    workspace: int,
+    loss: int,
+    lse: int,
+    correct: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    class_weight_sum: float,
+) -> None: ...
+def scaled_add(
+    threads: int, x_dtype: int, x: int, y_dtype: int, y: int, n: int, alpha: float, accumulate: bool
+) -> None: ...
+def build_info() -> dict[str, Any]: ...
+def set_simd_level(level: int) -> None: ...

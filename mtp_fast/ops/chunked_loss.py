@@ -1,0 +1,255 @@
+"""The loop of the linear cross-entropies: logits, loss and gradient, a chunk of rows at a time.
+
+The rows of all heads that count form one list, which is cut into chunks. For each chunk one GEMM
+makes the logits, one kernel turns them into loss, statistics and, in place, gradient, and two
+GEMMs take the gradient to d(hidden) and d(weight): 6 N d V FLOPs in all, as many as with whole
+logits.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_fast import _C
+from mtp_fast.ops._common import DTYPE_CODES
+from mtp_fast.ops._loss_arguments import RowTerms
+from mtp_fast.ops.cross_entropy import (
+    allocate_rows,
+    row_workspace,
+    run_rows,
+    sum_of_class_weights,
+)
+
+# 16-bit products of d(weight) are made for so many classes at a time: they are still in the cache
+# when they are added to the float32 sum.
+CLASSES_PER_PRODUCT = 8192
+
+
+class Arguments(NamedTuple):
+    """The arguments of the op, `_INPUTS`."""
+
+    hidden: list[Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    document_ids: Tensor | None
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    head_weights: Tensor | None
+    num_items: Tensor | None
+    shift: int
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    compute_dtype: torch.dtype
+    chunk_bytes: int
+
+    @property
+    def terms(self) -> RowTerms:
+        return RowTerms(self.ignore_index, self.label_smoothing, self.z_loss, self.softcap)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether `hidden` is one (n, B, T, d)."""
+        return self.hidden[0].dim() == 4
+
+    @property
+    def n(self) -> int:
+        return len(self.hidden[0]) if self.stacked else len(self.hidden)
+
+    def flat_heads(self) -> list[Tensor]:
+        """n tensors (B * T, d)."""
+        hidden = self.hidden[0].unbind() if self.stacked else self.hidden
+        return [h.reshape(-1, h.shape[-1]) for h in hidden]
+
+    def shifted(self, tensor: Tensor, head: int, fill: float) -> Tensor:
+        """(B, T) aligned with labels -> (B * T,) aligned with the head's rows."""
+        shift = self.shift + head
+        if shift == 0:
+            return tensor.reshape(-1)
+        out = torch.full_like(tensor, fill)
+        kept = max(tensor.shape[1] - shift, 0)
+        out[:, :kept] = tensor[:, shift:]
+        return out.view(-1)
+
+    def targets(self, head: int) -> Tensor:
+        """(B * T,), int64: what each row of the head is scored on, or ignore_index."""
+        labels = self.labels.to(torch.int64)
+        target = self.shifted(labels, head, self.ignore_index)
+        if self.document_ids is None:
+            return target
+        ends = self.shifted(self.document_ids, head, -1)
+        return torch.where(ends == self.document_ids.reshape(-1), target, self.ignore_index)
+
+    def row_weights(self, head: int) -> Tensor | None:
+        """(B * T,), float32: the weight of each row of the head."""
+        if self.token_weight is None:
+            return None
+        return self.shifted(self.token_weight, head, 0.0)
+
+
+class _Piece(NamedTuple):
+    """Rows of one head that belong to one chunk."""
+
+    head: int
+    rows: slice | Tensor
+    target: Tensor  # (r,)
+    row_weight: Tensor | None  # (r,)
+
+
+def _chunks(a: Arguments, counts: list[int], size: int) -> Iterator[list[_Piece]]:
+    """Cut the rows that count, `counts[k]` of head k, into chunks of `size`, across heads."""
+    chunk: list[_Piece] = []
+    room = size
+    for head, count in enumerate(counts):
+        if count == 0:
+            continue
+        target, row_weight = a.targets(head), a.row_weights(head)
+        dense = count == len(target)
+        valid = None if dense else (target != a.ignore_index).nonzero()[:, 0]
+        start = 0
+        while start < count:
+            stop = min(start + room, count)
+            rows = slice(start, stop) if valid is None else valid[start:stop]
+            weights = None if row_weight is None else row_weight[rows]
+            chunk.append(_Piece(head, rows, target[rows], weights))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield chunk
+                chunk, room = [], size
+    if chunk:
+        yield chunk
+
+
+def _gather(chunk: list[_Piece], values: Tensor | list[Tensor]) -> Tensor:
+    """Rows of the chunk, (r, ...), from values (n, B * T, ...); a view where that can be."""
+    parts = [values[piece.head][piece.rows] for piece in chunk]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _scatter(chunk: list[_Piece], values: Tensor, out: Tensor) -> None:
+    """Write values (r, ...) to the chunk's places in (n, B * T, ...)."""
+    start = 0
+    for piece in chunk:
+        stop = start + len(piece.target)
+        out[piece.head, piece.rows] = values[start:stop]
+        start = stop
+
+
+class _Gradients:
+    """d(hidden), d(weight), d(bias): summed up chunk by chunk, empty where none is due."""
+
+    def __init__(self, a: Arguments, needs_grad: list[bool]) -> None:
+        self.weight = a.weight.to(a.compute_dtype)
+        vocab, dim = a.weight.shape
+        rows = (a.n, a.labels.numel(), dim)
+        of_hidden, of_weight, of_bias = needs_grad
+        self.hidden = self.weight.new_zeros(rows if of_hidden else (0,))
+        self.bias = a.weight.new_zeros((vocab,) if of_bias else (0,), dtype=torch.float32)
+        # Zeroed only if no chunk comes: the first product overwrites it.
+        self.linear = a.weight.new_empty((vocab, dim) if of_weight else (0,), dtype=torch.float32)
+        self.started = False
+        self.product = self.weight.new_empty((CLASSES_PER_PRODUCT, dim))
+
+    def add(self, chunk: list[_Piece], x: Tensor, d_logits: Tensor) -> None:
+        """Take in the gradient (r, V) of the logits of a chunk with inputs x (r, d)."""
+        if self.hidden.numel():
+            first = chunk[0]
+            if len(chunk) == 1 and isinstance(first.rows, slice):
+                torch.mm(d_logits, self.weight, out=self.hidden[first.head, first.rows])
+            else:
+                _scatter(chunk, torch.mm(d_logits, self.weight), self.hidden)
+        if self.linear.numel():
+            self._add_linear(x, d_logits)
+        if self.bias.numel():
+            self.bias += d_logits.sum(0, dtype=torch.float32)
+
+    def _add_linear(self, x: Tensor, d_logits: Tensor) -> None:
+        if d_logits.dtype == torch.float32:
+            self.linear.addmm_(d_logits.t(), x, beta=1.0 if self.started else 0.0)
+        else:
+            for start in range(0, len(self.linear), CLASSES_PER_PRODUCT):
+                sums = self.linear[start : start + CLASSES_PER_PRODUCT]
+                classes = d_logits[:, start : start + len(sums)]
+                product = torch.mm(classes.t(), x, out=self.product[: len(sums)])
+                scaled_add(product, sums, 1.0, accumulate=self.started)
+        self.started = True
+
+    def finish(self, a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.started:
+            self.linear.zero_()
+        hidden = self.hidden
+        if hidden.numel():
+            hidden = hidden.view(-1, *a.labels.shape, hidden.shape[-1])
+        return hidden, self.linear, self.bias
+
+
+def sweep(
+    a: Arguments,
+    counts: list[int],
+    needs_grad: list[bool],
+    row_grad: Tensor | None,  # (n, B * T), float32: upstream gradients of the rows' losses
+    outputs: tuple[Tensor | None, ...] = (),  # (n, B * T) each: loss, lse, correct
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go over the rows that count: logits, kernel, outputs, gradients (returned)."""
+    total, vocab = sum(counts), a.weight.shape[0]
+    most = max(a.chunk_bytes // (vocab * a.compute_dtype.itemsize), 1)
+    size = -(-total // -(-total // most)) if total else 0  # chunks of one size
+    gradients = _Gradients(a, needs_grad)
+    weight, heads = gradients.weight, a.flat_heads()
+    bias = None if a.bias is None else a.bias.to(a.compute_dtype)
+    class_weight_sum = sum_of_class_weights(a.class_weight, vocab)
+    buffer = weight.new_empty((size, vocab))
+    workspace = row_workspace(buffer)
+    for chunk in _chunks(a, counts, size):
+        x = _gather(chunk, heads).to(a.compute_dtype)
+        logits = buffer[: len(x)]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        row_weights = [piece.row_weight for piece in chunk if piece.row_weight is not None]
+        results = allocate_rows(logits)
+        run_rows(
+            logits,
+            torch.cat([piece.target for piece in chunk]),
+            a.terms,
+            row_weight=torch.cat(row_weights) if row_weights else None,
+            class_weight=a.class_weight,
+            class_weight_sum=class_weight_sum,
+            grad=logits if any(needs_grad) else None,
+            grad_output=None if row_grad is None else _gather(chunk, row_grad).contiguous(),
+            workspace=workspace,
+            results=results,
+        )
+        for out, values in zip(outputs, results, strict=False):
+            if out is not None:
+                _scatter(chunk, values, out)
+        gradients.add(chunk, x, logits)
+    return gradients.finish(a)
+
+
+def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
+    """y = x * alpha, or y + x * alpha; contiguous, any two dtypes."""
+    _C.scaled_add(
+        torch.get_num_threads(),
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        DTYPE_CODES[y.dtype],
+        y.data_ptr(),
+        x.numel(),
+        alpha,
+        accumulate,
+    )
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor (0-d) in `dtype`, multiplied in float32."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    scaled_add(gradient, out, float(factor), accumulate=False)
+    return out
