@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   using without_gil = py::call_guard<py::gil_scoped_release>;
   m.def("cross_entropy", &mtp::cross_entropy, without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

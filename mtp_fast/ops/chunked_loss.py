@@ -22,9 +22,17 @@ from mtp_fast.ops.cross_entropy import (
     sum_of_class_weights,
 )
 
-# 16-bit products of d(weight) are made for so many classes at a time: they are still in the cache
-# when they are added to the float32 sum.
-CLASSES_PER_PRODUCT = 8192
+# 16-bit products of d(weight) are made for as many classes at a time as fit: they are still in the
+# cache when they are added to the float32 sum.
+PRODUCT_BYTES = 8 << 20
+
+
+def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the device of `like`; large pages where that makes it cheaper."""
+    buffer = like.new_empty(shape, dtype=dtype)
+    if buffer.device.type == "cpu":
+        _C.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
 
 
 class Arguments(NamedTuple):
@@ -149,12 +157,15 @@ class _Gradients:
         vocab, dim = a.weight.shape
         rows = (a.n, a.labels.numel(), dim)
         of_hidden, of_weight, of_bias = needs_grad
-        self.hidden = self.weight.new_zeros(rows if of_hidden else (0,))
+        self.hidden = new_buffer(a.weight, rows if of_hidden else (0,), a.compute_dtype).zero_()
+        self.linear = new_buffer(a.weight, (vocab, dim) if of_weight else (0,), torch.float32)
         self.bias = a.weight.new_zeros((vocab,) if of_bias else (0,), dtype=torch.float32)
-        # Zeroed only if no chunk comes: the first product overwrites it.
-        self.linear = a.weight.new_empty((vocab, dim) if of_weight else (0,), dtype=torch.float32)
+        # The first product overwrites `linear`; it is zeroed only if none comes.
         self.started = False
-        self.product = self.weight.new_empty((CLASSES_PER_PRODUCT, dim))
+        self.product = self.linear[:0]
+        if of_weight and a.compute_dtype != torch.float32:
+            classes = min(max(PRODUCT_BYTES // (max(dim, 1) * self.weight.itemsize), 1), vocab)
+            self.product = new_buffer(a.weight, (classes, dim), a.compute_dtype)
 
     def add(self, chunk: list[_Piece], x: Tensor, d_logits: Tensor) -> None:
         """Take in the gradient (r, V) of the logits of a chunk with inputs x (r, d)."""
@@ -173,8 +184,8 @@ class _Gradients:
         if d_logits.dtype == torch.float32:
             self.linear.addmm_(d_logits.t(), x, beta=1.0 if self.started else 0.0)
         else:
-            for start in range(0, len(self.linear), CLASSES_PER_PRODUCT):
-                sums = self.linear[start : start + CLASSES_PER_PRODUCT]
+            for start in range(0, len(self.linear), len(self.product)):
+                sums = self.linear[start : start + len(self.product)]
                 classes = d_logits[:, start : start + len(sums)]
                 product = torch.mm(classes.t(), x, out=self.product[: len(sums)])
                 scaled_add(product, sums, 1.0, accumulate=self.started)
@@ -204,7 +215,7 @@ def sweep(
     weight, heads = gradients.weight, a.flat_heads()
     bias = None if a.bias is None else a.bias.to(a.compute_dtype)
     class_weight_sum = sum_of_class_weights(a.class_weight, vocab)
-    buffer = weight.new_empty((size, vocab))
+    buffer = new_buffer(weight, (size, vocab), weight.dtype)
     workspace = row_workspace(buffer)
     for chunk in _chunks(a, counts, size):
         x = _gather(chunk, heads).to(a.compute_dtype)
@@ -250,6 +261,6 @@ def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor (0-d) in `dtype`, multiplied in float32."""
-    out = torch.empty_like(gradient, dtype=dtype)
+    out = new_buffer(gradient, gradient.shape, dtype)
     scaled_add(gradient, out, float(factor), accumulate=False)
     return out
