@@ -35,7 +35,7 @@ from mtp_fast.ops.chunked_loss import Arguments, scaled, sweep
 from mtp_fast.ops.cross_entropy import CrossEntropyStats, refuse_double_backward
 
 # The default budget for the logits of a chunk, in bytes.
-CPU_CHUNK_BYTES = 128 << 20
+CPU_CHUNK_BYTES = 256 << 20
 
 
 @overload
@@ -112,7 +112,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
     softcap : float, optional
         c > 0: the logits become c * tanh(logits / c).
     chunk_bytes : int, optional
-        Budget for the buffer of logits, in bytes; the default is 128 MiB on the CPU. At least one
+        Budget for the buffer of logits, in bytes; the default is 256 MiB on the CPU. At least one
         row is made at a time.
     check_targets : bool
         Raise for targets out of range on CUDA too, which synchronises.
