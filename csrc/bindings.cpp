@@ -5,10 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "acceptance/check.h"
+#include "acceptance/params.h"
 #include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "common/philox.h"
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
 
@@ -59,6 +63,86 @@ void scaled_add(int threads, int x_dtype, uintptr_t x, int y_dtype, uintptr_t y,
                  threads);
 }
 
+// Sampling arguments travel as (address of one value per sequence or 0, one value for all) pairs.
+SamplingParams sampling_params(uintptr_t temperatures, double temperature, uintptr_t top_ks,
+                               int64_t top_k, uintptr_t top_ps, double top_p, uintptr_t min_ps,
+                               double min_p, uintptr_t seeds, int64_t seed, uintptr_t positions,
+                               int64_t position) {
+  return {{pointer<const float>(temperatures), temperature},
+          {pointer<const int64_t>(top_ks), top_k},
+          {pointer<const float>(top_ps), top_p},
+          {pointer<const float>(min_ps), min_p},
+          {pointer<const int64_t>(seeds), seed},
+          {pointer<const int64_t>(positions), position}};
+}
+
+// The argument that is out of range and the sequence that has it; ("", 0) if there is none.
+using Fault = std::pair<const char*, int64_t>;
+
+Fault speculative_accept(int threads, int dtype, int64_t batch, int64_t max_draft, int64_t vocab,
+                         uintptr_t target, int64_t target_batch_stride, int64_t target_row_stride,
+                         uintptr_t draft, int64_t draft_batch_stride, int64_t draft_row_stride,
+                         uintptr_t draft_tokens, uintptr_t num_drafts, uintptr_t temperatures,
+                         double temperature, uintptr_t top_ks, int64_t top_k, uintptr_t top_ps,
+                         double top_p, uintptr_t min_ps, double min_p, uintptr_t seeds,
+                         int64_t seed, uintptr_t positions, int64_t position, int rule,
+                         double typical_epsilon, double typical_delta, int64_t eos_token,
+                         int64_t pad_token, uintptr_t tokens, uintptr_t num_tokens,
+                         uintptr_t num_accepted, uintptr_t logprobs) {
+  AcceptParams p{};
+  p.target = {pointer<const void>(target), target_batch_stride, target_row_stride};
+  p.draft = {pointer<const void>(draft), draft_batch_stride, draft_row_stride};
+  p.draft_tokens = pointer<const int64_t>(draft_tokens);
+  p.num_draft = {pointer<const int64_t>(num_drafts), max_draft};
+  p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,
+                               min_p, seeds, seed, positions, position);
+  p.tokens = pointer<int64_t>(tokens);
+  p.num_tokens = pointer<int32_t>(num_tokens);
+  p.num_accepted = pointer<int32_t>(num_accepted);
+  p.logprobs = pointer<float>(logprobs);
+  p.batch = batch;
+  p.max_draft = max_draft;
+  p.vocab = vocab;
+  p.eos_token = eos_token;
+  p.pad_token = pad_token;
+  p.typical_epsilon = typical_epsilon;
+  p.typical_delta = typical_delta;
+  p.rule = static_cast<AcceptRule>(rule);
+  p.dtype = static_cast<DType>(dtype);
+  const BadArgument bad = check_accept(p);
+  if (bad.name != nullptr) return {bad.name, bad.sequence};
+  speculative_accept_cpu(p, threads);
+  return {"", 0};
+}
+
+Fault sample(int threads, int dtype, int64_t batch, int64_t vocab, uintptr_t logits,
+             int64_t batch_stride, uintptr_t temperatures, double temperature, uintptr_t top_ks,
+             int64_t top_k, uintptr_t top_ps, double top_p, uintptr_t min_ps, double min_p,
+             uintptr_t seeds, int64_t seed, uintptr_t positions, int64_t position, int64_t index,
+             uintptr_t tokens) {
+  SampleParams p{};
+  p.logits = {pointer<const void>(logits), batch_stride, 0};
+  p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,
+                               min_p, seeds, seed, positions, position);
+  p.tokens = pointer<int64_t>(tokens);
+  p.batch = batch;
+  p.vocab = vocab;
+  p.index = index;
+  p.dtype = static_cast<DType>(dtype);
+  const BadArgument bad = check_sampling(p.sampling, batch);
+  if (bad.name != nullptr) return {bad.name, bad.sequence};
+  sample_cpu(p, threads);
+  return {"", 0};
+}
+
+// For the known-answer tests.
+std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {
+  PhiloxWords words;
+  for (int i = 0; i < 4; ++i) words.word[i] = counter.at(i);
+  words = philox4x32_10(words, key0, key1);
+  return {words.word, words.word + 4};
+}
+
 const char* name_of(SimdLevel level) {
   switch (level) {
     case SimdLevel::avx512:
@@ -95,6 +179,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &mtp::cross_entropy, without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("speculative_accept", &mtp::speculative_accept, without_gil());
+  m.def("sample", &mtp::sample, without_gil());
+  m.def("philox4x32_10", &philox);
+  m.def("uniform_of", &uniform_of);
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

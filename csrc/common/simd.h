@@ -68,6 +68,8 @@ struct Vec {
   // x * 2^n for integral n, with underflow to zero and subnormals as IEEE has it.
   friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
 
+  // Bit i is set where lane i of a equals b.
+  friend uint32_t equal_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
   friend bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
@@ -155,6 +157,9 @@ struct Vec {
     return x * power(half) * power(_mm256_sub_epi32(whole, half));
   }
 
+  friend uint32_t equal_lanes(Vec a, Vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
+  }
   friend bool any_greater(Vec a, Vec b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
   }
@@ -230,6 +235,10 @@ struct Vec {
     return x * Vec((Float4)((half + 127) << 23)) * Vec((Float4)((whole - half + 127) << 23));
   }
 
+  friend uint32_t equal_lanes(Vec a, Vec b) {
+    const Int4 equal = a.v == b.v;
+    return (equal[0] & 1u) | (equal[1] & 2u) | (equal[2] & 4u) | (equal[3] & 8u);
+  }
   friend bool any_greater(Vec a, Vec b) {
     const Int4 greater = a.v > b.v;
     return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;

@@ -1,0 +1,291 @@
+// One row of logits as a distribution, on the CPU: its maximum, its weights exp((z - max) / T), the
+// sums of them and the draw of an id by inverse CDF.
+//
+// A row is cut into blocks whose size depends on the vocabulary alone. Every sum is made within a
+// block and then over blocks in order, so results do not depend on how blocks fall to threads. The
+// maxima and sums of the blocks also let later passes skip blocks: the search for an id reads one.
+//
+// NaN counts as -inf, and +inf as the largest finite number of the storage type.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "acceptance/math.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kMaxBlocks = 512;
+
+template <class T>
+constexpr float kLargest = FLT_MAX;
+template <>
+inline constexpr float kLargest<BFloat16> = 0x1.fep127f;
+template <>
+inline constexpr float kLargest<Half> = 65504.0f;
+
+// How a row falls into at most kMaxBlocks blocks, and how many threads walk them.
+struct Blocks {
+  int64_t vocab, size;
+  int count, threads;
+
+  Blocks(int64_t vocab, int threads) : vocab(vocab), threads(threads) {
+    constexpr int64_t kUnit = 512;
+    const int64_t units = (vocab + kUnit * kMaxBlocks - 1) / (kUnit * kMaxBlocks);
+    size = kUnit * units;
+    count = static_cast<int>((vocab + size - 1) / size);
+  }
+  int64_t begin(int block) const { return block * size; }
+  int64_t end(int block) const { return std::min(vocab, (block + 1) * size); }
+
+  // f(first block, one past the last) for pieces of the row.
+  template <class F>
+  void for_ranges(const F& f) const {
+    const int64_t grain = threads > 1 ? (count + threads - 1) / threads : count;
+    parallel_for(threads, count, grain, [&](int64_t first, int64_t last) {
+      f(static_cast<int>(first), static_cast<int>(last));
+    });
+  }
+};
+
+// 2^t for t <= 0: exactly 1 at 0, exactly 0 below -150, else within 1.3e-7 of the true value,
+// relative. NaN counts as -inf, t > 0 as 0.
+inline Vec exp2_of_nonpositive(Vec t) {
+  const Vec bounded = min(max(t, Vec(-160.0f)), Vec(0.0f));  // in this order NaN becomes -160
+  const Vec n = round(bounded);
+  const Vec f = bounded - n;
+  Vec p = fma(Vec(1.326472731e-3f), f, Vec(9.671512991e-3f));
+  p = fma(p, f, Vec(5.550733581e-2f));
+  p = fma(p, f, Vec(2.402224243e-1f));
+  p = fma(p, f, Vec(6.931470037e-1f));
+  return scale_by_power(fma(p, f, Vec(1.0f)), n);
+}
+
+// Up to kLanes logits from z on, -inf past n and for NaN.
+template <class T>
+Vec load_clean(const T* z, int64_t n) {
+  const Vec raw = n < Vec::kLanes ? Vec::load(z, n, Vec(-kInfinity)) : Vec::load(z);
+  return min(max(raw, Vec(-kInfinity)), Vec(kLargest<T>));
+}
+
+template <class T>
+float clean_max(const T* z, int64_t n) {
+  constexpr int kUnroll = 4;
+  Vec top[kUnroll];
+  for (Vec& lanes : top) lanes = Vec(-kInfinity);
+  int64_t i = 0;
+  for (; i + kUnroll * Vec::kLanes <= n; i += kUnroll * Vec::kLanes) {
+    // max(NaN, x) is x.
+    for (int k = 0; k < kUnroll; ++k) top[k] = max(Vec::load(z + i + k * Vec::kLanes), top[k]);
+  }
+  for (; i < n; i += Vec::kLanes) top[0] = max(load_clean(z + i, n - i), top[0]);
+  return std::min(max(max(top[0], top[1]), max(top[2], top[3])).hmax(), kLargest<T>);
+}
+
+inline float block_max(const float* z, int64_t n) { return clean_max(z, n); }
+
+// 16-bit floats compare as integers once the bits of negative numbers are flipped: 32 to a vector
+// and nothing to widen. A loop that every compiler vectorises.
+template <class T>
+float block_max(const T* z, int64_t n) {
+  constexpr int16_t kFlip = 0x7fff;
+  int16_t top = std::numeric_limits<int16_t>::min();
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t bits = static_cast<int16_t>(z[i].bits);
+    const int16_t key = static_cast<int16_t>(bits ^ ((bits >> 15) & kFlip));
+    top = key > top ? key : top;
+  }
+  const float value = to_float(T{static_cast<uint16_t>(top ^ ((top >> 15) & kFlip))});
+  // Infinite or NaN: NaN sorts beyond the infinities and may hide what is finite.
+  return std::abs(value) <= kLargest<T> ? value : clean_max(z, n);
+}
+
+// Sum of weight(i, n) over [begin, end), n the number of lanes that count.
+template <class F>
+float sum_of_weights(int64_t begin, int64_t end, const F& weight) {
+  constexpr int kUnroll = 4;
+  Vec sum[kUnroll];
+  for (Vec& lanes : sum) lanes = Vec(0.0f);
+  int64_t i = begin;
+  for (; i + kUnroll * Vec::kLanes <= end; i += kUnroll * Vec::kLanes) {
+    for (int k = 0; k < kUnroll; ++k) {
+      sum[k] = sum[k] + weight(i + k * Vec::kLanes, int64_t{Vec::kLanes});
+    }
+  }
+  for (; i < end; i += Vec::kLanes) {
+    sum[0] = sum[0] + weight(i, std::min<int64_t>(end - i, Vec::kLanes));
+  }
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])).hsum();
+}
+
+inline double sum_in_order(const float* values, int count) {
+  double total = 0.0;
+  for (int i = 0; i < count; ++i) total += values[i];
+  return total;
+}
+
+// The first id at which the running sum of weights exceeds u times the whole, by block sums first
+// and then within the block; where rounding leaves the block's end short, its last id of positive
+// weight. -1: all weights are 0.
+template <class F>
+int64_t pick(const Blocks& blocks, const float* block_sum, double u, const F& weight) {
+  const double target = u * sum_in_order(block_sum, blocks.count);
+  double before = 0.0, sought = 0.0;
+  int chosen = -1;
+  for (int b = 0; b < blocks.count; ++b) {
+    if (block_sum[b] <= 0.0f) continue;
+    chosen = b;
+    sought = target - before;
+    before += block_sum[b];
+    if (before > target) break;
+  }
+  if (chosen < 0) return -1;
+  int64_t last = -1;
+  double running = 0.0;
+  for (int64_t i = blocks.begin(chosen); i < blocks.end(chosen); i += Vec::kLanes) {
+    const int64_t n = std::min<int64_t>(blocks.end(chosen) - i, Vec::kLanes);
+    float lanes[Vec::kLanes];
+    weight(i, n).store(lanes);
+    for (int k = 0; k < n; ++k) {
+      if (lanes[k] <= 0.0f) continue;
+      last = i + k;
+      running += lanes[k];
+      if (running > sought) return last;
+    }
+  }
+  return last;
+}
+
+// Maxima and sums of a row's blocks.
+struct BlockScratch {
+  float max[kMaxBlocks], sum[kMaxBlocks];
+};
+
+// One row as a distribution. What a filter keeps is a prefix of the ids in order of falling logit
+// and, among equals, rising id: all above `floor`, and of those at it the ids up to `last_tie`.
+template <class T>
+struct Distribution {
+  const T* row = nullptr;  // (vocab)
+  Blocks blocks;
+  BlockScratch& scratch;
+  float max = -kInfinity;
+  float scale = 1.0f;  // log2(e) / temperature
+  double total = 0.0;  // sum of all weights
+  float floor = -kInfinity;
+  int64_t last_tie;
+
+  Distribution(const Blocks& blocks, BlockScratch& scratch)
+      : blocks(blocks), scratch(scratch), last_tie(blocks.vocab) {}
+
+  // Reads the row: its maximum and, where asked for, the sums of its weights. False: no logit is
+  // finite.
+  bool read(const T* logits, double temperature, bool with_sums) {
+    row = logits;
+    floor = -kInfinity;
+    last_tie = blocks.vocab;
+    const double inverse = 1.44269504088896341 / temperature;
+    scale = static_cast<float>(std::min<double>(std::max<double>(inverse, FLT_MIN), FLT_MAX));
+    blocks.for_ranges([&](int first, int last) {
+      for (int b = first; b < last; ++b) {
+        const int64_t begin = blocks.begin(b), end = blocks.end(b);
+        const float top = scratch.max[b] = block_max(row + begin, end - begin);
+        if (!with_sums) continue;
+        // Relative to the block's own maximum, while the block is in the nearest cache.
+        scratch.sum[b] = top == -kInfinity ? 0.0f : sum_of_weights(begin, end, Weight{*this, top});
+      }
+    });
+    max = *std::max_element(scratch.max, scratch.max + blocks.count);
+    if (max == -kInfinity) return false;
+    if (with_sums) {
+      for (int b = 0; b < blocks.count; b += Vec::kLanes) {
+        const int64_t n = std::min<int64_t>(blocks.count - b, Vec::kLanes);
+        const Vec top = Vec::load(scratch.max + b, n, Vec(-kInfinity));
+        const Vec sum = Vec::load(scratch.sum + b, n, Vec(0.0f));
+        (sum * exp2_of_nonpositive((top - Vec(max)) * Vec(scale))).store(scratch.sum + b, n);
+      }
+      total = sum_in_order(scratch.sum, blocks.count);
+    }
+    return true;
+  }
+
+  int64_t argmax() const {
+    const Vec top(max);
+    int block = 0;
+    while (scratch.max[block] != max) ++block;
+    int64_t i = blocks.begin(block);
+    for (;; i += Vec::kLanes) {
+      const uint32_t equal = equal_lanes(load_clean(row + i, blocks.vocab - i), top);
+      if (equal != 0) return i + __builtin_ctz(equal);
+    }
+  }
+
+  bool filtered() const { return floor > -kInfinity; }
+
+  // What logits of ids from i on must reach to be kept: one step more past the last tie.
+  Vec floor_at(int64_t i) const {
+    if (i + Vec::kLanes - 1 <= last_tie) return Vec(floor);
+    const float above = std::nextafter(floor, kInfinity);
+    if (i > last_tie) return Vec(above);
+    float lanes[Vec::kLanes];
+    for (int k = 0; k < Vec::kLanes; ++k) lanes[k] = i + k <= last_tie ? floor : above;
+    return Vec::load(lanes);
+  }
+
+  // Weights of the unfiltered row, relative to `top`.
+  struct Weight {
+    const Distribution& d;
+    Vec top, scale;
+    Weight(const Distribution& d, float top) : d(d), top(top), scale(d.scale) {}
+    explicit Weight(const Distribution& d) : Weight(d, d.max) {}
+    Vec operator()(int64_t i, int64_t n) const {
+      return exp2_of_nonpositive((load_clean(d.row + i, n) - top) * scale);
+    }
+  };
+
+  struct FilteredWeight {
+    const Distribution& d;
+    Vec top, scale;
+    explicit FilteredWeight(const Distribution& d) : d(d), top(d.max), scale(d.scale) {}
+    Vec operator()(int64_t i, int64_t n) const {
+      const Vec z = load_clean(d.row + i, n);
+      return select_less(z, d.floor_at(i), Vec(0.0f), exp2_of_nonpositive((z - top) * scale));
+    }
+  };
+
+  // f(weight) with the weights as they are after the filters.
+  template <class F>
+  auto with_weight(const F& f) const {
+    return filtered() ? f(FilteredWeight(*this)) : f(Weight(*this));
+  }
+
+  // Sums of what the filter left.
+  void sum_kept() {
+    const FilteredWeight weight(*this);
+    blocks.for_ranges([&](int first, int last) {
+      for (int b = first; b < last; ++b) {
+        scratch.sum[b] =
+            scratch.max[b] < floor ? 0.0f : sum_of_weights(blocks.begin(b), blocks.end(b), weight);
+      }
+    });
+    total = sum_in_order(scratch.sum, blocks.count);
+  }
+
+  double probability(int64_t id) const {
+    float lanes[Vec::kLanes];
+    with_weight([&](const auto& weight) {
+      weight(id, 1).store(lanes);
+      return 0;
+    });
+    return lanes[0] / total;
+  }
+};
+
+}  // namespace MTP_SIMD
+}  // namespace mtp

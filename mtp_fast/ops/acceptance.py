@@ -1,0 +1,479 @@
+"""The acceptance step of speculative decoding, and the sampler that shares its randomness.
+
+Both take raw logits. In eager mode they validate, call the kernel and return; under torch.compile
+they are the registered ops ``mtp_fast::speculative_accept`` and ``mtp_fast::sample``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_fast import _C
+from mtp_fast.ops import _common
+
+_RULES = {"exact": 0, "block": 1, "typical": 2}
+
+# The range of each argument that may be a number or one value per sequence.
+_EXPECTED = {
+    "temperature": "a finite number >= 0",
+    "top_k": "an integer >= 0 (0: off)",
+    "top_p": "0 < top_p <= 1",
+    "min_p": "0 <= min_p < 1",
+    "seed": "an integer of 64 bits",
+    "position": "an integer of 64 bits",
+    "num_draft": "0 <= num_draft <= K",
+}
+
+
+class AcceptResult(NamedTuple):
+    """What `speculative_accept` returns.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        (B, K+1) int64: the tokens emitted, padded with `pad_token_id`.
+    num_tokens : Tensor
+        (B,) int32: how many tokens are emitted.
+    num_accepted : Tensor
+        (B,) int32: how many of them are accepted drafts, which is what a KV cache keeps. One less
+        than `num_tokens`, or equal to it where the last accepted draft is the EOS token or the row
+        after it has no finite logit.
+    logprobs : Tensor or None
+        (B, K+1) float32: log-softmax of the raw logits (temperature 1, no filters) at each emitted
+        token, 0 where padded.
+    """
+
+    tokens: Tensor
+    num_tokens: Tensor
+    num_accepted: Tensor
+    logprobs: Tensor | None
+
+
+def speculative_accept(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    *,
+    draft_logits: Tensor | None = None,
+    num_draft: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    rule: str = "exact",
+    typical_epsilon: float = 0.3,
+    typical_delta: float = 0.09,
+    seed: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int = -1,
+    return_logprobs: bool = False,
+) -> AcceptResult:
+    """Judge drafted tokens by the target's logits and emit what is accepted plus one more token.
+
+    Rules "exact" and "block" leave the target's distribution unchanged, whatever the drafts are.
+    The result for a sequence depends on its own arguments, seed and position alone: not on its
+    place in the batch, nor on the number of threads.
+
+    Parameters
+    ----------
+    target_logits : Tensor
+        (B, K+1, V) float32, bfloat16 or float16: the target's raw logits. Row i judges draft i;
+        the row after the last draft is the bonus row. NaN counts as -inf, +inf as the largest
+        finite number. Emission stops before a row without a finite logit.
+    draft_tokens : Tensor
+        (B, K) int64 or int32. An id outside [0, V) ends its sequence's drafts there.
+    draft_logits : Tensor, optional
+        (B, K, V), dtype of `target_logits`: the raw logits that the drafts were sampled from, with
+        the same temperature and filters. None means deterministic drafts (say, greedy ones).
+    num_draft : Tensor, optional
+        (B,) int64 or int32 in [0, K]: the number of drafts of each sequence. Default: K.
+    temperature : float or Tensor
+        Number or (B,). 0 is greedy, whatever the rule.
+    top_k, top_p, min_p : number or Tensor, optional
+        Numbers or (B,), applied to target and draft in this order after the temperature, each to
+        the renormalised result of the one before. top_k 0 is off; top_p keeps the smallest prefix
+        whose mass reaches it; min_p is relative to the largest probability. Ties are kept on the
+        lowest ids.
+    rule : {"exact", "block", "typical"}
+        Token-wise rejection sampling (Leviathan et al. 2023, Chen et al. 2023), block verification
+        (Sun et al. 2024, arXiv 2403.10444: never accepts fewer tokens), or typical acceptance
+        (Cai et al. 2024, arXiv 2401.10774: a draft is accepted if
+        p(draft) > min(epsilon, delta * exp(-entropy(p))); changes the distribution).
+    typical_epsilon, typical_delta : float
+        Of the rule "typical".
+    seed : int or Tensor
+        Number or (B,) int64: key of the random draws.
+    position : int or Tensor, optional
+        Number or (B,) int64: tokens committed before this call; it must differ from call to call
+        for a given seed. Default: 0.
+    eos_token_id : int, optional
+        Nothing is emitted after this token.
+    pad_token_id : int
+        Fills `tokens` after the emitted ones.
+    return_logprobs : bool
+        Whether to compute `logprobs`; reads each emitted token's row once more.
+
+    Returns
+    -------
+    AcceptResult
+        tokens (B, K+1), num_tokens (B,), num_accepted (B,) and logprobs (B, K+1) or None.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong type or dtype.
+    ValueError
+        A shape, device or value is not as described; the message names the argument.
+    NotImplementedError
+        The logits are on a device that this build has no kernel for.
+
+    Notes
+    -----
+    Draws come from Philox 4x32-10, keyed by (seed, position, index within the block, purpose).
+    """
+    target_logits = _check_logits("target_logits", target_logits, 3, "(B, K+1, V)")
+    batch, rows, vocab = target_logits.shape
+    if rows == 0:
+        raise ValueError("target_logits: expected K+1 >= 1 rows in (B, K+1, V), got 0")
+    width = rows - 1
+    _common.check_tensor("draft_tokens", draft_tokens)
+    _common.check_integer_dtype("draft_tokens", draft_tokens)
+    _common.check_shape("draft_tokens", draft_tokens, (batch, width), "(B, K)")
+    _common.check_device("draft_tokens", draft_tokens, "target_logits", target_logits)
+    if draft_logits is not None:
+        draft_logits = _check_logits("draft_logits", draft_logits, 3, "(B, K, V)")
+        _common.check_shape("draft_logits", draft_logits, (batch, width, vocab), "(B, K, V)")
+        _common.check_float_dtype("draft_logits", draft_logits, (target_logits.dtype,))
+        _common.check_device("draft_logits", draft_logits, "target_logits", target_logits)
+    if num_draft is not None:
+        num_draft = _check_per_sequence("num_draft", num_draft, target_logits, torch.int64)
+    if rule not in _RULES:
+        raise ValueError(f'rule: expected "exact", "block" or "typical", got {rule!r}')
+    if not 0.0 <= typical_epsilon <= 1.0:
+        raise ValueError(f"typical_epsilon: expected a number in [0, 1], got {typical_epsilon}")
+    if not 0.0 <= typical_delta < math.inf:
+        raise ValueError(f"typical_delta: expected a finite number >= 0, got {typical_delta}")
+    sampling = _check_sampling(target_logits, temperature, top_k, top_p, min_p, seed, position)
+    eos = -1 if eos_token_id is None else eos_token_id
+    if torch.compiler.is_compiling():
+        tokens, num_tokens, num_accepted, logprobs = torch.ops.mtp_fast.speculative_accept(
+            target_logits,
+            draft_tokens,
+            draft_logits,
+            num_draft,
+            *_as_tensors(sampling, target_logits),
+            rule,
+            typical_epsilon,
+            typical_delta,
+            eos,
+            pad_token_id,
+            return_logprobs,
+        )
+        return AcceptResult(tokens, num_tokens, num_accepted, logprobs if return_logprobs else None)
+    return _accept(
+        target_logits,
+        draft_tokens,
+        draft_logits,
+        num_draft,
+        sampling,
+        rule,
+        typical_epsilon,
+        typical_delta,
+        eos,
+        pad_token_id,
+        return_logprobs,
+    )
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    seed: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    index: int = 0,
+) -> Tensor:
+    """Sample one token from each row of logits, with draws that `speculative_accept` never uses.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, V) float32, bfloat16 or float16: raw logits.
+    temperature, top_k, top_p, min_p, seed, position
+        As in `speculative_accept`.
+    index : int
+        The token's place in the block that is being drafted.
+
+    Returns
+    -------
+    Tensor
+        (B,) int64; -1, which `speculative_accept` takes for the end of the drafts, where a row has
+        no finite logit.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `speculative_accept`.
+    """
+    logits = _check_logits("logits", logits, 2, "(B, V)")
+    sampling = _check_sampling(logits, temperature, top_k, top_p, min_p, seed, position)
+    if not isinstance(index, int) or not 0 <= index < 2**32:
+        raise ValueError(f"index: expected an integer in [0, 2^32), got {index!r}")
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.mtp_fast.sample(logits, *_as_tensors(sampling, logits), index)
+        return result
+    return _sample(logits, sampling, index)
+
+
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+
+# The sampling arguments after their check: each a number, or a contiguous (B,) tensor of float32
+# or int64.
+_Sampling = tuple[
+    float | Tensor,
+    int | Tensor,
+    float | Tensor,
+    float | Tensor,
+    int | Tensor,
+    int | Tensor,
+]
+
+
+def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
+    _common.check_tensor(name, logits)
+    _common.check_float_dtype(name, logits)
+    if logits.dim() != dims:
+        raise ValueError(f"{name}: expected shape {meaning}, got {tuple(logits.shape)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected V >= 1 in {meaning}, got {tuple(logits.shape)}")
+    if logits.device.type != "cpu":
+        raise NotImplementedError(
+            f"{name}: this build of mtp_fast has no acceptance kernel for {logits.device.type} "
+            "tensors (see mtp_fast.build_info())"
+        )
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _check_per_sequence(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (B,) tensor `value` as contiguous `dtype`; its values are checked beside the kernel."""
+    _common.check_tensor(name, value)
+    if dtype.is_floating_point != value.dtype.is_floating_point or value.dtype == torch.bool:
+        kind = "a floating dtype" if dtype.is_floating_point else "an integer dtype"
+        raise TypeError(f"{name}: expected {kind}, got {value.dtype}")
+    _common.check_shape(name, value, logits.shape[:1], "(B,)")
+    _common.check_device(name, value, "the logits", logits)
+    return value.to(dtype).contiguous()
+
+
+def _check_real(name: str, value: float | Tensor, logits: Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return _check_per_sequence(name, value, logits, torch.float32)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a (B,) tensor, got {type(value).__name__}")
+    valid = (
+        0.0 <= value < math.inf
+        if name == "temperature"
+        else 0.0 < value <= 1.0
+        if name == "top_p"
+        else 0.0 <= value < 1.0
+    )
+    if not valid:
+        raise ValueError(f"{name}: expected {_EXPECTED[name]}, got {value}")
+    return float(value)
+
+
+def _check_integer(name: str, value: int | Tensor, logits: Tensor) -> int | Tensor:
+    if isinstance(value, Tensor):
+        return _check_per_sequence(name, value, logits, torch.int64)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer or a (B,) tensor, got {type(value).__name__}")
+    if not (0 if name == "top_k" else -(2**63)) <= value < 2**63:
+        raise ValueError(f"{name}: expected {_EXPECTED[name]}, got {value}")
+    return value
+
+
+def _check_sampling(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    min_p: float | Tensor | None,
+    seed: int | Tensor,
+    position: int | Tensor | None,
+) -> _Sampling:
+    return (
+        _check_real("temperature", temperature, logits),
+        0 if top_k is None else _check_integer("top_k", top_k, logits),
+        1.0 if top_p is None else _check_real("top_p", top_p, logits),
+        0.0 if min_p is None else _check_real("min_p", min_p, logits),
+        _check_integer("seed", seed, logits),
+        0 if position is None else _check_integer("position", position, logits),
+    )
+
+
+def _addresses(sampling: _Sampling) -> list[float]:
+    """The kernel's view of the sampling arguments: (address or 0, number) pairs, flat."""
+    flat: list[float] = []
+    for value in sampling:
+        if isinstance(value, Tensor):
+            flat += (value.data_ptr(), 0)
+        else:
+            flat += (0, value)
+    return flat
+
+
+def _as_tensors(sampling: _Sampling, logits: Tensor) -> list[Tensor]:
+    """The sampling arguments as (B,) tensors, which is how the registered ops take them."""
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+    return [
+        value
+        if isinstance(value, Tensor)
+        else torch.full(logits.shape[:1], value, dtype=dtype, device=logits.device)
+        for value, dtype in zip(sampling, dtypes, strict=True)
+    ]
+
+
+def _raise_fault(fault: tuple[str, int], values: dict[str, Tensor | float | None]) -> None:
+    name, row = fault
+    value = values[name]
+    got = value[row].item() if isinstance(value, Tensor) else value
+    raise ValueError(f"{name}[{row}]: expected {_EXPECTED[name]}, got {got}")
+
+
+def _accept(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    num_draft: Tensor | None,
+    sampling: _Sampling,
+    rule: str,
+    typical_epsilon: float,
+    typical_delta: float,
+    eos_token_id: int,
+    pad_token_id: int,
+    return_logprobs: bool,
+) -> AcceptResult:
+    batch, rows, vocab = target_logits.shape
+    draft_tokens = draft_tokens.to(torch.int64).contiguous()
+    tokens = torch.empty((batch, rows), dtype=torch.int64)
+    num_tokens = torch.empty(batch, dtype=torch.int32)
+    num_accepted = torch.empty(batch, dtype=torch.int32)
+    logprobs = torch.empty((batch, rows)) if return_logprobs else None
+    draft = (0, 0, 0)
+    if draft_logits is not None:
+        draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
+    fault = _C.speculative_accept(
+        torch.get_num_threads(),
+        _common.DTYPE_CODES[target_logits.dtype],
+        batch,
+        rows - 1,
+        vocab,
+        target_logits.data_ptr(),
+        target_logits.stride(0),
+        target_logits.stride(1),
+        *draft,
+        draft_tokens.data_ptr(),
+        0 if num_draft is None else num_draft.data_ptr(),
+        *_addresses(sampling),
+        _RULES[rule],
+        typical_epsilon,
+        typical_delta,
+        eos_token_id,
+        pad_token_id,
+        tokens.data_ptr(),
+        num_tokens.data_ptr(),
+        num_accepted.data_ptr(),
+        0 if logprobs is None else logprobs.data_ptr(),
+    )
+    if fault[0]:
+        _raise_fault(
+            fault, {"num_draft": num_draft, **dict(zip(_SAMPLING_NAMES, sampling, strict=True))}
+        )
+    return AcceptResult(tokens, num_tokens, num_accepted, logprobs)
+
+
+def _sample(logits: Tensor, sampling: _Sampling, index: int) -> Tensor:
+    batch, vocab = logits.shape
+    tokens = torch.empty(batch, dtype=torch.int64)
+    fault = _C.sample(
+        torch.get_num_threads(),
+        _common.DTYPE_CODES[logits.dtype],
+        batch,
+        vocab,
+        logits.data_ptr(),
+        logits.stride(0),
+        *_addresses(sampling),
+        index,
+        tokens.data_ptr(),
+    )
+    if fault[0]:
+        _raise_fault(fault, dict(zip(_SAMPLING_NAMES, sampling, strict=True)))
+    return tokens
+
+
+# ---- torch.library: the same ops with every per-sequence argument a (B,) tensor ----
+
+_SAMPLING_SCHEMA = (
+    "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position"
+)
+torch.library.define(
+    "mtp_fast::speculative_accept",
+    "(Tensor target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? num_draft, "
+    f"{_SAMPLING_SCHEMA}, str rule, float typical_epsilon, float typical_delta, "
+    "int eos_token_id, int pad_token_id, bool return_logprobs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "mtp_fast::sample", f"(Tensor logits, {_SAMPLING_SCHEMA}, int index) -> Tensor"
+)
+
+
+@torch.library.impl("mtp_fast::speculative_accept", "CPU")
+def _accept_op(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    num_draft: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    names = (
+        *_SAMPLING_NAMES,
+        *("rule", "typical_epsilon", "typical_delta"),
+        *("eos_token_id", "pad_token_id", "return_logprobs"),
+    )
+    result = speculative_accept(
+        target_logits,
+        draft_tokens,
+        draft_logits=draft_logits,
+        num_draft=num_draft,
+        **dict(zip(names, rest, strict=True)),
+    )
+    logprobs = torch.empty(0) if result.logprobs is None else result.logprobs
+    return result.tokens, result.num_tokens, result.num_accepted, logprobs
+
+
+@torch.library.register_fake("mtp_fast::speculative_accept")
+def _accept_fake(target_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, rows, _ = target_logits.shape
+    return_logprobs = rest[-1]
+    return (
+        target_logits.new_empty((batch, rows), dtype=torch.int64),
+        target_logits.new_empty(batch, dtype=torch.int32),
+        target_logits.new_empty(batch, dtype=torch.int32),
+        target_logits.new_empty((batch, rows) if return_logprobs else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.impl("mtp_fast::sample", "CPU")
+def _sample_op(logits: Tensor, *rest: Any) -> Tensor:
+    return sample(logits, **dict(zip((*_SAMPLING_NAMES, "index"), rest, strict=True)))
+
+
+@torch.library.register_fake("mtp_fast::sample")
+def _sample_fake(logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
