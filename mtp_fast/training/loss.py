@@ -1,0 +1,54 @@
+"""The training loss: the sum over heads of each head's mean cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mtp_fast.models import MTPTransformer
+from mtp_fast.ops import multi_token_cross_entropy
+
+
+def multi_token_loss(
+    model: MTPTransformer,
+    tokens: Tensor,
+    *,
+    route: str = "parallel",
+    head_weights: Sequence[float] | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Score every head of `model` on `tokens`.
+
+    Parameters
+    ----------
+    model : MTPTransformer
+        The model.
+    tokens : Tensor
+        (B, T) int64: input and, unshifted, the labels.
+    route : {"parallel"}
+        "parallel" runs all heads, then one backward.
+    head_weights : sequence of float or Tensor, optional
+        (n,) weights of the heads' losses; all 1 by default.
+    document_ids : Tensor, optional
+        (B, T): a prediction across a document's end is not scored.
+    return_stats : bool
+        Also return the op's statistics: ``loss``, ``num_valid``, ``accuracy``, each (n,).
+
+    Returns
+    -------
+    Tensor or (Tensor, stats)
+        The weighted sum over heads, a float32 scalar in nats per token.
+    """
+    if route != "parallel":
+        raise ValueError(f'route must be "parallel", got {route!r}')
+    return multi_token_cross_entropy(
+        model(tokens),
+        model.unembedding.weight,
+        tokens,
+        document_ids=document_ids,
+        head_weights=head_weights,
+        return_stats=return_stats,
+    )
