@@ -7,9 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from mtp_fast.models.config import MTPConfig
 from mtp_fast.models.transformer import MTPTransformer
 
@@ -25,6 +22,8 @@ def save_checkpoint(model: MTPTransformer, path: Path) -> None:
     ValueError
         If `path` holds something else than a checkpoint: it is left as it is.
     """
+    from safetensors.torch import save_file  # of the cli extra: the model alone does not need it
+
     if path.exists() and not (path / CONFIG_FILE).is_file() and any(path.iterdir()):
         raise ValueError(f"{path} exists and is not a checkpoint; it is left as it is")
     path.mkdir(parents=True, exist_ok=True)
@@ -56,6 +55,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> MTPTransf
         If `path` is not a checkpoint, or its weights are damaged or of another shape than its
         configuration says.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is not a checkpoint: no {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     try:

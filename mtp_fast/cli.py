@@ -1,0 +1,245 @@
+"""The command line: `mtp-fast demo | train | generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+import mtp_fast
+from mtp_fast.decoding import generate
+from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
+from mtp_fast.training import (
+    BYTE_VOCAB_SIZE,
+    SEPARATOR,
+    Corpus,
+    TrainConfig,
+    Trainer,
+    default_precision,
+)
+
+CLI_EXTRA = ("matplotlib", "rich", "safetensors")
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for bad input, 130 if interrupted."""
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        # What a user can get wrong is raised as one of these, with the argument's name and value.
+        message = " ".join(str(error).split())
+        print(f"mtp-fast {args.command}: error: {message}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name not in CLI_EXTRA:
+            raise
+        print(
+            f"mtp-fast {args.command}: error: {error.name} is missing; "
+            "pip install 'mtp-fast[cli]'",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"mtp-fast {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mtp-fast", description="Multi-token prediction: train and decode.")
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("demo", help="train on the standard library, then decode faster")
+    run.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
+    run.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results go")
+    _add_common(run)
+    run.set_defaults(run=_demo)
+
+    run = commands.add_parser("train", help="train a byte-level model on text files")
+    run.add_argument("files", type=Path, nargs="*", help="text files")
+    where = run.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="checkpoint directory of a new run")
+    where.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--minutes", type=float, help="or training time")
+    shape = run.add_argument_group("model")
+    shape.add_argument("--heads", type=int, default=4, help="prediction heads (default 4)")
+    shape.add_argument("--layers", type=int, default=16, help="blocks, heads included")
+    shape.add_argument("--dim", type=int, default=192, help="width")
+    shape.add_argument("--attention-heads", type=int, default=3)
+    shape.add_argument("--kv-heads", type=int, default=1)
+    shape.add_argument("--ffn-dim", type=int, default=512)
+    shape.add_argument("--max-seq-len", type=int, default=1024, help="longest sequence")
+    shape.add_argument("--dropout", type=float, default=0.0)
+    defaults = TrainConfig(steps=1)
+    loop = run.add_argument_group("optimization")
+    loop.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    loop.add_argument("--context", type=int, default=defaults.context)
+    loop.add_argument("--accumulation", type=int, default=defaults.accumulation)
+    loop.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    loop.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
+    loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
+    loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
+    loop.add_argument("--precision", choices=["bfloat16", "float32"], help="default: the faster")
+    _add_common(run)
+    run.set_defaults(run=_train)
+
+    run = commands.add_parser("generate", help="continue a prompt with a checkpoint")
+    run.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    source = run.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt-file", type=Path, help="or a file that holds it")
+    run.add_argument("--max-new-tokens", type=int, default=256)
+    run.add_argument("--heads", type=int, help="heads in use (default: all)")
+    run.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    run.add_argument("--top-k", type=int)
+    run.add_argument("--top-p", type=float)
+    run.add_argument("--min-p", type=float)
+    run.add_argument("--rule", choices=["exact", "block", "typical"], default="exact")
+    _add_common(run)
+    run.set_defaults(run=_generate)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Print what the build holds. Not argparse's own: building it would cost every command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print version and build, then exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for key, value in mtp_fast.build_info().items():
+            print(f"{key}: {value}")
+        parser.exit()
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    return device
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from mtp_fast import demo
+
+    finished = demo.run(args.out, args.minutes, _device(args.device), args.seed)
+    return 0 if finished else EXIT_INTERRUPTED
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mtp_fast.terminal import TrainingProgress
+
+    trainer = _resumed_trainer(args) if args.resume is not None else _new_trainer(args)
+    with TrainingProgress(trainer) as progress:
+        finished = trainer.run(progress.report)
+    if not finished:
+        print(f"stopped; go on with: mtp-fast train --resume {trainer.directory}")
+        return EXIT_INTERRUPTED
+    print(f"checkpoint: {trainer.directory}")
+    return 0
+
+
+def _new_trainer(args: argparse.Namespace) -> Trainer:
+    device = _device(args.device)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out} is in use; take another, or --resume it")
+    if args.steps is None and args.minutes is None:
+        raise ValueError("give --steps or --minutes")
+    model_config = MTPConfig(
+        vocab_size=BYTE_VOCAB_SIZE,
+        dim=args.dim,
+        n_layers=args.layers,
+        n_attention_heads=args.attention_heads,
+        n_kv_heads=args.kv_heads,
+        n_future_tokens=args.heads,
+        ffn_dim=args.ffn_dim,
+        max_seq_len=args.max_seq_len,
+        dropout=args.dropout,
+    )
+    config = TrainConfig(
+        steps=args.steps,
+        minutes=args.minutes,
+        batch_size=args.batch_size,
+        context=args.context,
+        accumulation=args.accumulation,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        eval_every=args.eval_every,
+        checkpoint_every=args.checkpoint_every,
+        precision=args.precision or default_precision(device),
+        seed=args.seed,
+    )
+    corpus = Corpus(tuple(args.files), seed=args.seed)
+    train_tokens, validation_tokens = corpus.read()
+    torch.manual_seed(args.seed)
+    model = MTPTransformer(model_config).to(device)
+    trainer = Trainer(model, config, train_tokens, validation_tokens, args.out)
+    corpus.save(args.out)
+    return trainer
+
+
+def _resumed_trainer(args: argparse.Namespace) -> Trainer:
+    if args.files:
+        raise ValueError("--resume goes on with the files of its run; give none")
+    train_tokens, validation_tokens = Corpus.load(args.resume).read()
+    return Trainer.resume(args.resume, train_tokens, validation_tokens, _device(args.device))
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from mtp_fast.terminal import print_continuation
+
+    model = load_checkpoint(args.checkpoint, _device(args.device)).eval()
+    if model.config.vocab_size != BYTE_VOCAB_SIZE:
+        raise ValueError(
+            f"{args.checkpoint} has a vocabulary of {model.config.vocab_size}, "
+            f"the prompt is bytes ({BYTE_VOCAB_SIZE})"
+        )
+    text = args.prompt.encode() if args.prompt is not None else args.prompt_file.read_bytes()
+    result = generate(
+        model,
+        [torch.tensor(list(text), dtype=torch.int64)],
+        args.max_new_tokens,
+        n_heads=args.heads,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        rule=args.rule,
+        seed=args.seed,
+        eos_token_id=SEPARATOR,
+    )
+    print_continuation(text, result.tokens[0], result.drafted[0])
+    stats = result.stats
+    print(
+        f"{len(result.tokens[0])} tokens in {stats.seconds:.2f} s, "
+        f"{stats.tokens_per_forward:.2f} tokens per forward",
+        file=sys.stderr,
+    )
+    return 0
