@@ -103,7 +103,7 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     report_file = out / "report.json"
     report_file.write_text("{}\n")  # an unwritable place is found out now, not after the training
-    console = Console()
+    console = Console(soft_wrap=True)
     corpus = Corpus(tuple(standard_library()), seed=seed)
     train_tokens, validation_tokens = corpus.read()
     torch.manual_seed(seed)

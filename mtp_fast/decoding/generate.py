@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_fast.decoding.incremental import IncrementalModel
 from mtp_fast.models import MTPTransformer
-from mtp_fast.ops import sample, speculative_accept
+from mtp_fast.ops.acceptance import sample, speculative_accept
 
 PREFILL_CHUNK = 512
 # On CUDA a stop is looked for once in so many steps, since looking waits for the device.

@@ -15,17 +15,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save_checkpoint(model: MTPTransformer, path: Path) -> None:
-    """Write `model` into the directory `path`, over an earlier checkpoint if there is one.
-
-    Raises
-    ------
-    ValueError
-        If `path` holds something else than a checkpoint: it is left as it is.
-    """
+    """Write `model` into the directory `path`, over an earlier checkpoint if there is one."""
     from safetensors.torch import save_file  # of the cli extra: the model alone does not need it
 
-    if path.exists() and not (path / CONFIG_FILE).is_file() and any(path.iterdir()):
-        raise ValueError(f"{path} exists and is not a checkpoint; it is left as it is")
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_embeddings:

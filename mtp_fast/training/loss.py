@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_fast.models import MTPTransformer
-from mtp_fast.ops import multi_token_cross_entropy
+from mtp_fast.ops.multi_token_cross_entropy import multi_token_cross_entropy
 
 
 def multi_token_loss(
