@@ -13,6 +13,7 @@
 #include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "common/simd_functions.h"
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
 
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &mtp::sample, without_gil());
   m.def("philox4x32_10", &philox);
   m.def("uniform_of", &uniform_of);
+  m.def("simd_function", &simd_function);
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in CLI_EXTRA:
             raise
         print(
-            f"mtp-fast {args.command}: error: {error.name} is missing; "
-            "pip install 'mtp-fast[cli]'",
+            f"mtp-fast {args.command}: error: {error.name} is missing; pip install 'mtp-fast[cli]'",
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT

@@ -201,8 +201,7 @@ def measure_decoding(
                 tokens_per_second=tokens / statistics.median(seconds[k]),
                 speedup=statistics.median(seconds[1]) / statistics.median(seconds[k]),
                 acceptance=[
-                    statistics.mean(r.stats.acceptance[i] for r in results[k])
-                    for i in range(k - 1)
+                    statistics.mean(r.stats.acceptance[i] for r in results[k]) for i in range(k - 1)
                 ],
                 identical=all(gap is None or gap < TIE for gap in gaps),
                 ties=sum(gap is not None and gap < TIE for gap in gaps),

@@ -58,8 +58,7 @@ class TrainingProgress:
             self._first, self._loss = metrics, metrics.loss
             self._first_progress = self._trainer.progress
         self._loss = [
-            old + SMOOTHING * (new - old)
-            for old, new in zip(self._loss, metrics.loss, strict=True)
+            old + SMOOTHING * (new - old) for old, new in zip(self._loss, metrics.loss, strict=True)
         ]
         loss = _losses(self._loss)
         seconds = metrics.seconds - self._first.seconds

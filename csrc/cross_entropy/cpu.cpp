@@ -146,7 +146,7 @@ RowStats row_stats(const Row<T, kSoftcap>& row, int64_t target, const float* cla
   const float max = max_lanes.hmax();
   correct = target_logit == max && max_before_target < max;
   const float total = sum.hsum() * std::exp(reference - max);
-  return {max, std::log(total), target_logit, smooth.hsum()};
+  return {max, std::log(total), total, target_logit, smooth.hsum()};
 }
 
 // Second pass: from what the first pass kept, or (kKeep false) from the logits once more. grad may
@@ -156,7 +156,7 @@ void write_gradient(const Row<T, kSoftcap>& row, const RowStats& stats, const Ro
                     int64_t target, const float* class_weight, const float* exponentials,
                     const References& references, T* grad) {
   // p_v = exp(z_v - max) / sum, not exp(z_v - lse): lse rounds at the size of max.
-  const float on_probability = c.on_probability * std::exp(-stats.log_sum);
+  const float on_probability = c.on_probability / stats.sum;
   const Vec on_class(-c.on_class), top(stats.max);
   const auto derivative = [&](Vec z, Vec g) {
     if constexpr (kSoftcap) return g * softcap_derivative(z, row.inverse_cap);

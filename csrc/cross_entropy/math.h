@@ -16,6 +16,7 @@ namespace mtp {
 // at the size of max.
 struct RowStats {
   float max, log_sum;
+  float sum;           // sum_v exp(z_v - max); exp(-log_sum) would be less exact than 1 / sum
   float target_logit;  // z_y
   float smooth_sum;    // sum_v a_v z_v; only with label smoothing
 };

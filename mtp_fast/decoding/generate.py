@@ -135,9 +135,7 @@ def generate(
     return decoder.result(started)
 
 
-def _check(
-    model: MTPTransformer, prompts: list[Tensor], max_new_tokens: int, n_heads: int
-) -> None:
+def _check(model: MTPTransformer, prompts: list[Tensor], max_new_tokens: int, n_heads: int) -> None:
     if not prompts:
         raise ValueError("prompts is empty")
     if not 1 <= n_heads <= len(model.heads):
@@ -190,9 +188,7 @@ class _Decoder:
         self.stuck = torch.zeros_like(self.live)
         self.forwards = torch.zeros_like(self.prompt_length)
         self.accepted = torch.zeros(n_heads - 1, dtype=torch.int64, device=device)
-        self.output = torch.zeros(
-            batch, max_new_tokens + n_heads, dtype=torch.int64, device=device
-        )
+        self.output = torch.zeros(batch, max_new_tokens + n_heads, dtype=torch.int64, device=device)
         self.drafted = torch.zeros_like(self.output, dtype=torch.bool)
         self.drafts = torch.zeros(batch, 0, dtype=torch.int64, device=device)
         self.draft_logits: Tensor | None = None
@@ -266,9 +262,7 @@ class _Decoder:
         self.draft_logits = logits
         self.drafts = torch.stack(
             [
-                sample(
-                    logits[:, i], seed=self.seed, position=position, index=i, **self.sampling
-                )
+                sample(logits[:, i], seed=self.seed, position=position, index=i, **self.sampling)
                 for i in range(self.width - 1)
             ],
             1,

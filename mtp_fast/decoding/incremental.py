@@ -182,16 +182,16 @@ class _DraftHeads:
         )
         self._q, self._kv = torch.cat(q), torch.cat([*k, *v])
         self._out = torch.stack([h.attention.out.weight.t() for h in heads])
-        self._gate_up = torch.stack(
-            [(h.ffn.gate_up.weight * h.ffn_norm.weight).t() for h in heads]
-        )
+        self._gate_up = torch.stack([(h.ffn.gate_up.weight * h.ffn_norm.weight).t() for h in heads])
         self._down = torch.stack([h.ffn.down.weight.t() for h in heads])
         self._cache = KVCache(1, batch, capacity, self._n_kv, width, q[0])
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
         """Store keys and values of the rows `trunk` (R, dim)."""
         kv = linear(self._normalize(trunk), self._kv).unflatten(-1, (-1, self._config.head_dim))
-        self._cache.write(0, rows.slots, apply_rope(kv, _rope_for(rows.rope, self._n_kv, self._n_kv)))
+        self._cache.write(
+            0, rows.slots, apply_rope(kv, _rope_for(rows.rope, self._n_kv, self._n_kv))
+        )
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""

@@ -201,8 +201,7 @@ class MTPTransformer(nn.Module):
             raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
         if tokens.shape[1] > self.config.max_seq_len:
             raise ValueError(
-                f"tokens has {tokens.shape[1]} positions, "
-                f"max_seq_len is {self.config.max_seq_len}"
+                f"tokens has {tokens.shape[1]} positions, max_seq_len is {self.config.max_seq_len}"
             )
         x = self.embedding(tokens)
         if self.config.dropout:

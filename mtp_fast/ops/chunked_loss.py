@@ -156,6 +156,7 @@ class _Gradients:
         self.weight = a.weight.to(a.compute_dtype)
         vocab, dim = a.weight.shape
         rows = (a.n, a.labels.numel(), dim)
+        self.needs_grad = needs_grad
         of_hidden, of_weight, of_bias = needs_grad
         self.hidden = new_buffer(a.weight, rows if of_hidden else (0,), a.compute_dtype).zero_()
         self.linear = new_buffer(a.weight, (vocab, dim) if of_weight else (0,), torch.float32)
@@ -169,15 +170,16 @@ class _Gradients:
 
     def add(self, chunk: list[_Piece], x: Tensor, d_logits: Tensor) -> None:
         """Take in the gradient (r, V) of the logits of a chunk with inputs x (r, d)."""
-        if self.hidden.numel():
+        of_hidden, of_weight, of_bias = self.needs_grad
+        if of_hidden:
             first = chunk[0]
             if len(chunk) == 1 and isinstance(first.rows, slice):
                 torch.mm(d_logits, self.weight, out=self.hidden[first.head, first.rows])
             else:
                 _scatter(chunk, torch.mm(d_logits, self.weight), self.hidden)
-        if self.linear.numel():
+        if of_weight:
             self._add_linear(x, d_logits)
-        if self.bias.numel():
+        if of_bias:
             self.bias += d_logits.sum(0, dtype=torch.float32)
 
     def _add_linear(self, x: Tensor, d_logits: Tensor) -> None:
@@ -195,8 +197,8 @@ class _Gradients:
         if not self.started:
             self.linear.zero_()
         hidden = self.hidden
-        if hidden.numel():
-            hidden = hidden.view(-1, *a.labels.shape, hidden.shape[-1])
+        if self.needs_grad[0]:
+            hidden = hidden.view(a.n, *a.labels.shape, hidden.shape[-1])
         return hidden, self.linear, self.bias
 
 

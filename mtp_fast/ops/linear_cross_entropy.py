@@ -413,12 +413,13 @@ def _scale_gradient_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *op_inputs, _, _, needs_grad = inputs
     a = Arguments(*op_inputs)
-    ctx.stacked, ctx.needs_grad, ctx.reduction = a.stacked, needs_grad, a.reduction
+    ctx.heads, ctx.stacked = len(a.hidden), a.stacked
+    ctx.needs_grad, ctx.reduction = needs_grad, a.reduction
     ctx.dtypes = (a.hidden[0].dtype, a.weight.dtype, a.weight.dtype)
     if a.reduction == "none":
-        ctx.heads, tensors = len(a.hidden), a[1 : Arguments._fields.index("shift")]
-        ctx.options = a[Arguments._fields.index("shift") :]
-        ctx.save_for_backward(*a.hidden, *tensors)
+        first_option = Arguments._fields.index("shift")
+        ctx.options = a[first_option:]
+        ctx.save_for_backward(*a.hidden, *a[1:first_option])
     else:
         ctx.save_for_backward(*output[-4:])
     ctx.mark_non_differentiable(*output[1:])
@@ -428,7 +429,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
     refuse_double_backward("linear_cross_entropy")
     if grad_loss is None:
-        return (None,) * 20
+        return [None] * ctx.heads, *[None] * 19
     if ctx.reduction == "none":
         hidden, tensors = ctx.saved_tensors[: ctx.heads], ctx.saved_tensors[ctx.heads :]
         gradients = torch.ops.mtp_fast.linear_cross_entropy_backward(
@@ -444,8 +445,9 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, .
         gradient if due else None for gradient, due in zip(gradients, ctx.needs_grad, strict=True)
     )
     # One gradient a tensor of the list `hidden`.
-    of_hidden = None
-    if d_hidden is not None:
+    if d_hidden is None:
+        of_hidden: list[Tensor | None] = [None] * ctx.heads
+    else:
         of_hidden = [d_hidden] if ctx.stacked else list(d_hidden.unbind())
     return of_hidden, d_weight, d_bias, *[None] * 17
 

@@ -127,9 +127,7 @@ class Windows:
         If the corpus is shorter than one window.
     """
 
-    def __init__(
-        self, tokens: Tokens, batch_size: int, length: int, seed: int
-    ) -> None:
+    def __init__(self, tokens: Tokens, batch_size: int, length: int, seed: int) -> None:
         if len(tokens) < length:
             raise ValueError(
                 f"the corpus has {len(tokens)} tokens, fewer than one window of {length}"

@@ -287,9 +287,7 @@ class Trainer:
             trainer._optimizer.load_state_dict(state["optimizer"])
             trainer.step, trainer.seconds = state["step"], state["seconds"]
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{directory / STATE_FILE} is not of this version: {error}"
-            ) from error
+            raise ValueError(f"{directory / STATE_FILE} is not of this version: {error}") from error
         # A killed run may have logged steps after its last checkpoint; they are run again.
         kept = [m for m in read_metrics(directory) if m.step <= trainer.step]
         write_atomically(

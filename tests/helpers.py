@@ -1,0 +1,44 @@
+"""What the tests of the losses share: truth in float64, and how far eager PyTorch is from it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Loss = Callable[..., Tensor]
+
+
+def gradients(loss: Loss, leaves: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
+    """[loss, d(leaf) ...] of loss(*leaves)."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    value = loss(*leaves)
+    upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+
+def assert_as_good_as_eager(
+    ours: Loss,
+    reference: Loss,
+    leaves: Sequence[Tensor],
+    upstream: Tensor | None = None,
+    granted: float = 1e-6,
+) -> None:
+    """Our error against float64 is at most twice that of eager PyTorch in the leaves' dtype.
+
+    The reference is run in float64 for the truth and in the leaves' own dtype for eager's error.
+    Errors are root mean squares over a tensor (three times eager's for the largest single error);
+    one rounding of the largest value, at least `granted` times it, is allowed on top.
+    """
+    truth = gradients(reference, [leaf.double() for leaf in leaves], upstream)
+    eager = gradients(reference, leaves, upstream)
+    got = gradients(ours, leaves, upstream)
+    for index, (g, e, t) in enumerate(zip(got, eager, truth, strict=True)):
+        assert g.shape == t.shape
+        assert g.isfinite().all()
+        if not t.numel():
+            continue
+        error, eager_error = (g.double() - t).abs(), (e.double() - t).abs()
+        rounding = max(torch.finfo(g.dtype).eps / 2, granted) * t.abs().max().item() + 1e-7
+        rms, eager_rms = (x.square().mean().sqrt() for x in (error, eager_error))
+        assert rms <= 2 * eager_rms + rounding, f"value {index}"
+        assert error.max() <= 3 * eager_error.max() + rounding, f"value {index}"

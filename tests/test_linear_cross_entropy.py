@@ -1,0 +1,551 @@
+"""`linear_cross_entropy`: against float64, and where other implementations go wrong."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mtp_fast
+from helpers import assert_as_good_as_eager, gradients
+from mtp_fast.ops import chunked_loss, reference
+from test_cross_entropy import DTYPES, OPTIONS, with_tensors
+
+
+def problem(
+    rows: int, dim: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Input, weight, bias, target and the tensors of the options."""
+    x = torch.randn(rows, dim).to(dtype)
+    weight = (torch.randn(vocab, dim) * dim**-0.5).to(dtype)
+    bias = torch.randn(vocab).to(dtype)
+    target = torch.randint(0, vocab, (rows,))
+    target[torch.rand(rows) < 0.25] = -100
+    return x, weight, bias, target, {"weight": torch.rand(vocab), "token_weight": torch.rand(rows)}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_float64(dtype: torch.dtype, reduction: str, options: dict[str, Any]) -> None:
+    x, weight, bias, target, tensors = problem(53, 24, 211, dtype)
+    options = with_tensors(options, tensors) | {"reduction": reduction}
+    upstream = torch.randn(53) if reduction == "none" else torch.tensor(-0.7)
+    for chunk_bytes in (None, 9 * 211 * 4):
+        assert_as_good_as_eager(
+            lambda x, w, b, c=chunk_bytes: mtp_fast.linear_cross_entropy(
+                x, w, target, linear_bias=b, chunk_bytes=c, **options
+            ),
+            lambda x, w, b: reference.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+            [x, weight, bias],
+            upstream,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_is_float32_and_the_same_at_1_and_256_chunks(dtype: torch.dtype) -> None:
+    """torch's own op adds a bfloat16 loss up in bfloat16: 14 % off at 256 chunks."""
+    x, weight, _, target, _ = problem(256, 32, 400, dtype)
+    target = target.abs()
+    one, many = (
+        gradients(
+            lambda x, w, c=chunk_bytes: mtp_fast.linear_cross_entropy(x, w, target, chunk_bytes=c),
+            [x, weight],
+        )
+        for chunk_bytes in (1 << 30, 1)
+    )
+    assert one[0].dtype == torch.float32
+    assert abs(one[0] - many[0]) <= 1e-5 * one[0]
+    logits = F.linear(x, weight)
+    truth = F.cross_entropy(logits.double(), target)
+    eager = F.cross_entropy(logits.float(), target)
+    assert abs(one[0] - truth) <= 2 * abs(eager - truth) + 1e-6 * truth
+
+
+def test_float32_loss_is_within_1e_5() -> None:
+    x, weight, bias, target, _ = problem(1000, 64, 5000)
+    truth = reference.linear_cross_entropy(
+        x.double(), weight.double(), target, linear_bias=bias.double()
+    )
+    ours = mtp_fast.linear_cross_entropy(x, weight, target, linear_bias=bias)
+    assert abs(ours - truth) < 1e-5 * truth
+
+
+@pytest.mark.parametrize("dim", [1, 3, 17, 64])
+@pytest.mark.parametrize("vocab", [2, 3, 1000, 32003])
+@pytest.mark.parametrize("rows", [1, 2, 31])
+def test_any_shape(rows: int, vocab: int, dim: int) -> None:
+    x, weight, _, target, _ = problem(rows, dim, vocab)
+    target[0] = vocab - 1
+    assert_as_good_as_eager(
+        lambda x, w: mtp_fast.linear_cross_entropy(x, w, target, chunk_bytes=5 * vocab * 4),
+        lambda x, w: reference.linear_cross_entropy(x, w, target),
+        [x, weight],
+        # MKL's product of a few rows adds 32003 terms up in order: 1e-5 of error, ours or eager's.
+        granted=1e-6 if vocab < 32003 else 1e-5,
+    )
+
+
+def test_largest_vocabulary() -> None:
+    x, weight, _, target, _ = problem(6, 8, 262144, torch.bfloat16)
+    assert_as_good_as_eager(
+        lambda x, w: mtp_fast.linear_cross_entropy(x, w, target),
+        lambda x, w: reference.linear_cross_entropy(x, w, target),
+        [x, weight],
+    )
+
+
+def test_drop_in_for_torch() -> None:
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    x, weight, bias, target, tensors = problem(37, 16, 90)
+    shared: list[dict[str, Any]] = [
+        {},
+        {"reduction": "sum", "linear_bias": bias},
+        {"reduction": "none", "ignore_index": 3},
+        {"weight": tensors["weight"], "ignore_index": None},
+        {"label_smoothing": 0.2},
+    ]
+    for arguments in shared:
+        kept = target.abs() % 90 if "ignore_index" in arguments else target
+        theirs = gradients(
+            lambda x, w, a=arguments, t=kept: F.linear_cross_entropy(x, w, t, **a), [x, weight]
+        )
+        ours = gradients(
+            lambda x, w, a=arguments, t=kept: mtp_fast.linear_cross_entropy(x, w, t, **a),
+            [x, weight],
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# What peers get wrong.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward_gives_the_same_gradient(reduction: str) -> None:
+    """Liger and flash-linear-attention return it doubled; torch's own op raises."""
+    x, weight, _, target, _ = problem(30, 8, 50)
+    x.requires_grad_()
+    weight.requires_grad_()
+    loss = mtp_fast.linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, [x, weight], retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.mul_(3)  # a caller may clip what it was given
+    second = torch.autograd.grad(loss, [x, weight])
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_tensors(frozen: str, reduction: str) -> None:
+    """With a frozen input, Liger gives the weight no gradient and says nothing."""
+    x, weight, bias, target, _ = problem(30, 8, 50)
+    leaves = {"input": x, "weight": weight, "bias": bias}
+    free = [name for name in leaves if name != frozen]
+
+    def loss_of(op: Any) -> Any:
+        def loss(*tensors: Tensor) -> Tensor:
+            given = {name: leaf.to(tensors[0].dtype) for name, leaf in leaves.items()}
+            given |= dict(zip(free, tensors, strict=True))
+            return op(
+                given["input"],
+                given["weight"],
+                target,
+                linear_bias=given["bias"],
+                reduction=reduction,
+            ).sum()
+
+        return loss
+
+    assert_as_good_as_eager(
+        loss_of(mtp_fast.linear_cross_entropy),
+        loss_of(reference.linear_cross_entropy),
+        [leaves[name] for name in free],
+    )
+
+
+@pytest.mark.parametrize(
+    ("needed", "products"), [("", 1), ("input", 2), ("weight", 2), ("both", 3)]
+)
+def test_products_that_nobody_needs_are_not_made(
+    monkeypatch: pytest.MonkeyPatch, needed: str, products: int
+) -> None:
+    x, weight, _, target, _ = problem(30, 8, 50, torch.bfloat16)
+    x.requires_grad_(needed in ("input", "both"))
+    weight.requires_grad_(needed in ("weight", "both"))
+    made = []
+    mm = torch.mm
+    monkeypatch.setattr(
+        chunked_loss.torch, "mm", lambda *a, **k: made.append(a[0].shape) or mm(*a, **k)
+    )
+    mtp_fast.linear_cross_entropy(x, weight, target)
+    assert len(made) == products
+    # Ignored rows cost no products.
+    assert made[0][0] == int((target != -100).sum())
+
+
+@pytest.mark.parametrize("bad", [50, -1, -99, 1 << 40])
+@pytest.mark.parametrize("place", [0, 29])
+def test_target_out_of_range(bad: int, place: int) -> None:
+    """Liger returns a finite loss."""
+    x, weight, _, target, _ = problem(30, 8, 50)
+    target[place] = bad
+    with pytest.raises(IndexError, match=rf"target: .*\[0, 50\).*got {bad} at \[0, {place}\]"):
+        mtp_fast.linear_cross_entropy(x, weight, target)
+
+
+def test_upstream_gradient_scales() -> None:
+    x, weight, _, target, _ = problem(30, 8, 50)
+    loss = lambda x, w: mtp_fast.linear_cross_entropy(x, w, target)  # noqa: E731
+    unit, scaled = gradients(loss, [x, weight]), gradients(loss, [x, weight], torch.tensor(-3.0))
+    for a, b in zip(unit[1:], scaled[1:], strict=True):
+        torch.testing.assert_close(-3 * a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_ignored(reduction: str) -> None:
+    """F.cross_entropy's mean is NaN here."""
+    x, weight, bias, target, _ = problem(30, 8, 50)
+    x[:] = float("nan")
+    loss, dx, dw, db = gradients(
+        lambda x, w, b: mtp_fast.linear_cross_entropy(
+            x, w, torch.full_like(target, -100), linear_bias=b, reduction=reduction
+        ),
+        [x, weight, bias],
+    )
+    assert (loss == 0).all()
+    for grad in (dx, dw, db):
+        assert (grad == 0).all()
+
+
+def test_nan_in_ignored_rows_stays_there() -> None:
+    x, weight, _, target, _ = problem(30, 8, 50)
+    dirty = x.clone()
+    dirty[target == -100] = float("nan")
+    loss = lambda x, w: mtp_fast.linear_cross_entropy(x, w, target)  # noqa: E731
+    for clean, got in zip(
+        gradients(loss, [x, weight]), gradients(loss, [dirty, weight]), strict=True
+    ):
+        assert torch.equal(clean, got)
+
+
+def test_no_rows() -> None:
+    for reduction in ("mean", "sum", "none"):
+        x, weight, _, target, _ = problem(0, 8, 50)
+        loss, dx, dw = gradients(
+            lambda x, w, t=target, r=reduction: mtp_fast.linear_cross_entropy(x, w, t, reduction=r),
+            [x, weight],
+        )
+        assert loss.shape == ((0,) if reduction == "none" else ())
+        assert loss.sum() == 0
+        assert dx.shape == (0, 8)
+        assert (dw == 0).all()
+
+
+def test_bias_of_minus_infinity_masks_a_class() -> None:
+    x, weight, bias, target, _ = problem(30, 8, 50)
+    target = target.clamp(max=48)
+    bias[49] = -float("inf")
+    loss, dx, dw, db = gradients(
+        lambda x, w, b: mtp_fast.linear_cross_entropy(x, w, target, linear_bias=b),
+        [x, weight, bias],
+    )
+    without = gradients(
+        lambda x, w, b: mtp_fast.linear_cross_entropy(x, w, target, linear_bias=b),
+        [x, weight[:49], bias[:49]],
+    )
+    for a, b in zip((loss, dx, dw[:49], db[:49]), without, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (dw[49] == 0).all()
+    assert db[49] == 0
+
+
+def test_float16_under_a_gradient_scaler() -> None:
+    """Gradients of a mean, made in float16 in the forward pass, would underflow to nothing."""
+    x, weight, _, target, _ = problem(2000, 32, 500, torch.float16)
+    scale = torch.tensor(65536.0)
+    assert_as_good_as_eager(
+        lambda x, w: mtp_fast.linear_cross_entropy(x, w, target),
+        lambda x, w: reference.linear_cross_entropy(x, w, target),
+        [x, weight],
+        scale,
+    )
+
+
+def test_weight_changed_before_the_backward_pass() -> None:
+    x, weight, _, target, _ = problem(30, 8, 50)
+    weight.requires_grad_()
+    loss = mtp_fast.linear_cross_entropy(x, weight, target, reduction="none")
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_double_backward_is_refused() -> None:
+    x, weight, _, target, _ = problem(5, 8, 50)
+    x.requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = mtp_fast.linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="once differentiable"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_num_items_replaces_the_denominator() -> None:
+    """Two micro-batches with num_items add up to one batch's mean."""
+    x, weight, _, target, _ = problem(40, 8, 50)
+    items = (target != -100).sum()
+    whole = gradients(lambda w: mtp_fast.linear_cross_entropy(x, w, target), [weight])
+    parts = [
+        gradients(
+            lambda w, s=rows: mtp_fast.linear_cross_entropy(x[s], w, target[s], num_items=items),
+            [weight],
+        )
+        for rows in (slice(0, 7), slice(7, 40))
+    ]
+    for a, b, c in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(a, b + c)
+    as_number = mtp_fast.linear_cross_entropy(x, weight, target, num_items=float(items))
+    torch.testing.assert_close(as_number, whole[0])
+
+
+# Fitting in.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """The products run in the autocast dtype; gradients come back in float32, once rounded."""
+    x, weight, bias, target, _ = problem(40, 16, 90)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return mtp_fast.linear_cross_entropy(x, w, target, linear_bias=b)
+
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        low = dtype if x.dtype == torch.float32 else torch.float64
+        return reference.linear_cross_entropy(x.to(low), w.to(low), target, linear_bias=b.to(low))
+
+    assert_as_good_as_eager(loss, eager, [x, weight, bias])
+    got = gradients(loss, [x, weight, bias])
+    assert [g.dtype for g in got] == [torch.float32] * 4
+    low_x = x.to(dtype)
+    mixed = gradients(loss, [low_x, weight, bias])
+    assert mixed[1].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_into_one_graph(reduction: str, dtype: torch.dtype) -> None:
+    x, weight, bias, target, _ = problem(40, 16, 90, dtype)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        value, stats = mtp_fast.linear_cross_entropy(
+            x * 2, w, target, linear_bias=b, reduction=reduction, return_stats=True
+        )
+        return value + 0 * stats.lse.sum()
+
+    leaves = [x, weight, bias]
+    upstream = torch.randn(40) if reduction == "none" else None
+    compiled = gradients(torch.compile(loss, fullgraph=True), leaves, upstream)
+    for a, b in zip(compiled, gradients(loss, leaves, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_under_autocast() -> None:
+    x, weight, _, target, _ = problem(40, 16, 90)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mtp_fast.linear_cross_entropy(x * 2, w, target)
+
+    compiled = gradients(torch.compile(loss, fullgraph=True), [x, weight])
+    for a, b in zip(compiled, gradients(loss, [x, weight]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_opcheck(reduction: str, stacked: bool) -> None:
+    heads = 1 if reduction == "none" else 2
+    hidden = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(heads)]
+    if stacked:
+        hidden = [torch.stack(hidden).detach().requires_grad_()]
+    weight, bias = torch.randn(11, 4, requires_grad=True), torch.randn(11, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 5))
+    arguments = (
+        *(hidden, weight, bias, labels, torch.zeros_like(labels), torch.rand(11)),
+        *(torch.rand(2, 5), None, None, 1, reduction, -100, 0.1, 1e-3, 5.0),
+        *(torch.float32, 200, False, True, [reduction != "none"] * 3),
+    )
+    if reduction == "none":
+        arguments = (*arguments[:-1], [True] * 3)
+    torch.library.opcheck(torch.ops.mtp_fast.linear_cross_entropy.default, arguments)
+    torch.library.opcheck(
+        torch.ops.mtp_fast.scale_gradient.default,
+        (torch.randn(3, 4), torch.tensor(2.0), torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_run_to_run(dtype: torch.dtype) -> None:
+    x, weight, bias, target, _ = problem(200, 32, 3000, dtype)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return mtp_fast.linear_cross_entropy(x, w, target, linear_bias=b, chunk_bytes=1 << 17)
+
+    first = gradients(loss, [x, weight, bias])
+    for _ in range(3):
+        again = gradients(loss, [x, weight, bias])
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_strides_and_leading_shapes() -> None:
+    x, weight = torch.randn(3, 8, 20), torch.randn(8, 40)
+    target = torch.randint(0, 40, (20, 3))
+
+    def with_op(op: Any) -> Any:
+        return lambda x, w: op(x.permute(2, 0, 1), w.t(), target, token_weight=target.float() / 40)
+
+    assert_as_good_as_eager(
+        with_op(mtp_fast.linear_cross_entropy),
+        with_op(reference.linear_cross_entropy),
+        [x, weight],
+    )
+    loss, stats = mtp_fast.linear_cross_entropy(
+        x.permute(2, 0, 1), weight.t(), target, reduction="none", return_stats=True
+    )
+    assert loss.shape == stats.lse.shape == stats.correct.shape == (20, 3)
+    assert stats.num_valid == 60
+    vector = mtp_fast.linear_cross_entropy(x[0, :, 0], weight.t(), target[0, 0])
+    torch.testing.assert_close(
+        vector, reference.linear_cross_entropy(x[0, :, 0], weight.t(), target[0, 0])
+    )
+    with torch.inference_mode():
+        assert mtp_fast.linear_cross_entropy(x.permute(2, 0, 1), weight.t(), target).isfinite()
+
+
+def test_int32_targets() -> None:
+    x, weight, _, target, _ = problem(30, 8, 50)
+    assert torch.equal(
+        mtp_fast.linear_cross_entropy(x, weight, target),
+        mtp_fast.linear_cross_entropy(x, weight, target.int()),
+    )
+
+
+MEMORY = """
+import resource, sys, torch, mtp_fast
+rows, dim, vocab, chunk = 65536, 64, 4096, 32 << 20
+dtype = getattr(torch, sys.argv[1])
+x = torch.randn(rows, dim).to(dtype).requires_grad_()
+weight = torch.randn(vocab, dim).to(dtype).requires_grad_()
+target = torch.randint(0, vocab, (rows,))
+warm = mtp_fast.linear_cross_entropy(x[:64], weight, target[:64], chunk_bytes=chunk)
+warm.backward(); x.grad = weight.grad = None; del warm
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+mtp_fast.linear_cross_entropy(x, weight, target, chunk_bytes=chunk).backward()
+print(peak() - before - x.grad.nbytes - weight.grad.nbytes - chunk - vocab * dim * 4)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_bound(dtype: str) -> None:
+    """Above inputs and gradients: the chunk, float32 d(weight) and 64 MiB; eager takes 2 GiB."""
+    extra = subprocess.run(
+        [sys.executable, "-c", MEMORY, dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert int(extra.stdout) <= 64 << 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_problems(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    rows, dim, vocab = (draw(st.integers(low, high)) for low, high in ((0, 40), (1, 33), (1, 300)))
+    x, weight, bias, target, tensors = problem(rows, dim, vocab, draw(st.sampled_from(DTYPES)))
+    options = with_tensors(draw(st.sampled_from(list(OPTIONS.values()))), tensors)
+    options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
+    if options["reduction"] == "mean" and draw(st.booleans()):
+        options["num_items"] = draw(st.floats(0.5, 1e4))
+    chunk_bytes = draw(st.integers(1, 1 << 16))
+    if draw(st.booleans()):
+        x = x.t().contiguous().t()
+    if draw(st.booleans()):
+        weight = weight.repeat(1, 2)[:, ::2]
+    upstream = torch.randn(rows) if options["reduction"] == "none" else torch.randn(())
+    assert_as_good_as_eager(
+        lambda x, w, b: mtp_fast.linear_cross_entropy(
+            x, w, target, linear_bias=b, chunk_bytes=chunk_bytes, **options
+        ),
+        lambda x, w, b: reference.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        [x, weight, bias],
+        upstream,
+    )
+
+
+def test_reference_gradient() -> None:
+    """The truth that the kernel is compared with passes gradcheck."""
+    x, weight, bias, target, tensors = problem(6, 3, 7, torch.float64)
+    options = with_tensors(OPTIONS["all"], tensors)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: reference.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        [t.requires_grad_() for t in (x, weight, bias)],
+    )
+
+
+X, WEIGHT, TARGET = torch.randn(4, 3), torch.randn(9, 3), torch.tensor([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "input: expected a tensor", {"input": None}),
+        (ValueError, r"input: expected shape \(..., d\)", {"input": torch.tensor(1.0)}),
+        (TypeError, "input: expected .*got torch.float64", {"input": X.double()}),
+        (ValueError, "linear_weight: .*d = 3", {"linear_weight": torch.randn(9, 4)}),
+        (ValueError, "linear_weight: .*V, d", {"linear_weight": torch.randn(9)}),
+        (ValueError, "linear_weight: .*V > 0", {"linear_weight": torch.randn(0, 3)}),
+        (TypeError, "linear_weight: expected torch.float32", {"linear_weight": WEIGHT.half()}),
+        (ValueError, "linear_weight: expected device", {"linear_weight": WEIGHT.to("meta")}),
+        (ValueError, "linear_bias: expected shape", {"linear_bias": torch.randn(8)}),
+        (TypeError, "linear_bias: expected torch.float32", {"linear_bias": WEIGHT[:, 0].half()}),
+        (TypeError, "target: expected torch.int64", {"target": TARGET.float()}),
+        (ValueError, "target: expected shape", {"target": TARGET[None]}),
+        (IndexError, r"got 9 at \[0, 0\]", {"target": torch.tensor([9, 0, 0, 0])}),
+        (ValueError, "chunk_bytes: .*> 0, got 0", {"chunk_bytes": 0}),
+        (ValueError, "chunk_bytes: .*> 0, got -5", {"chunk_bytes": -5}),
+        (TypeError, "chunk_bytes: expected an int", {"chunk_bytes": 1e6}),
+        (ValueError, "softcap", {"softcap": -30.0}),
+        (ValueError, "label_smoothing", {"label_smoothing": -0.1}),
+        (ValueError, "weight: .*requires grad", {"weight": torch.ones(9, requires_grad=True)}),
+        (ValueError, "token_weight: .*grad", {"token_weight": torch.ones(4, requires_grad=True)}),
+        (ValueError, "num_items: goes with", {"num_items": 4, "reduction": "none"}),
+        (ValueError, "reduction: expected one of", {"reduction": None}),
+    ],
+)
+def test_bad_input(
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+    message: str,
+    arguments: dict[str, Any],
+) -> None:
+    def no_work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done before the arguments were checked")
+
+    monkeypatch.setattr(chunked_loss, "run_rows", no_work)
+    given = {"input": X, "linear_weight": WEIGHT, "target": TARGET}
+    with pytest.raises(error, match=message):
+        mtp_fast.linear_cross_entropy(**(given | arguments))
