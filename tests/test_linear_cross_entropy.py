@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -457,13 +458,14 @@ print(peak() - before - x.grad.nbytes - weight.grad.nbytes - chunk - vocab * dim
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_bound(dtype: str) -> None:
+def test_memory_bound(dtype: str, tmp_path: Path) -> None:
     """Above inputs and gradients: the chunk, float32 d(weight) and 64 MiB; eager takes 2 GiB."""
     extra = subprocess.run(
         [sys.executable, "-c", MEMORY, dtype],
         capture_output=True,
         text=True,
         check=True,
+        cwd=tmp_path,  # outside the source tree
         env=os.environ | {"OMP_NUM_THREADS": "2"},
     )
     assert int(extra.stdout) <= 64 << 20

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,13 +239,14 @@ print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes - chunk - weight
 """
 
 
-def test_four_heads_need_one_weight_gradient() -> None:
+def test_four_heads_need_one_weight_gradient(tmp_path: Path) -> None:
     """d(weight) is 32 MiB here: four of them would not fit the bound."""
     extra = subprocess.run(
         [sys.executable, "-c", MEMORY],
         capture_output=True,
         text=True,
         check=True,
+        cwd=tmp_path,  # outside the source tree
         env=os.environ | {"OMP_NUM_THREADS": "2"},
     )
     assert int(extra.stdout) <= 64 << 20
