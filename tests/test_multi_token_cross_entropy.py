@@ -211,16 +211,16 @@ def test_partly_frozen_heads() -> None:
 
 
 def test_chunks_span_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three heads of 18, 16 and 14 rows in chunks of equal size, one d(weight)."""
-    hidden, weight, _, _ = problem(3, 2, 10, 8, 20)
-    labels = torch.randint(0, 20, (2, 10))
+    """Three heads of 180, 178 and 176 rows in full chunks, one d(weight)."""
+    hidden, weight, _, _ = problem(3, 2, 91, 8, 20)
+    labels = torch.randint(0, 20, (2, 91))
     sizes = []
     run_rows = chunked_loss.run_rows
     monkeypatch.setattr(
         chunked_loss, "run_rows", lambda z, *a, **k: sizes.append(len(z)) or run_rows(z, *a, **k)
     )
-    mtp_fast.multi_token_cross_entropy(hidden, weight, labels, chunk_bytes=17 * 20 * 4)
-    assert sizes == [16, 16, 16]
+    mtp_fast.multi_token_cross_entropy(hidden, weight, labels, chunk_bytes=199 * 20 * 4)
+    assert sizes == [192, 192, 150]
 
 
 MEMORY = """
