@@ -1,5 +1,5 @@
 """Self-speculative decoding."""
 
-from mtp_fast.decoding.generate import GenerateResult, GenerateStats, generate
+from mtp_fast.decoding.speculative import GenerateResult, GenerateStats, generate
 
 __all__ = ["GenerateResult", "GenerateStats", "generate"]
