@@ -37,12 +37,12 @@ from mtp_fast.training import (
 # A deep thin model: the heads' share of the layers bounds the speedup, see the README.
 MODEL = MTPConfig(
     vocab_size=BYTE_VOCAB_SIZE,
-    dim=192,
+    dim=160,
     n_layers=12,
-    n_attention_heads=3,
+    n_attention_heads=2,
     n_kv_heads=1,
     n_future_tokens=4,
-    ffn_dim=512,
+    ffn_dim=432,
     max_seq_len=1024,
 )
 CONTEXT = 256
@@ -95,6 +95,7 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     config = TrainConfig(
         minutes=minutes,
         batch_size=4,
+        learning_rate=4e-3,
         context=CONTEXT,
         precision=default_precision(device),
         eval_every=100,

@@ -1,0 +1,291 @@
+"""Loss, data and loop: gradients, determinism, resume, signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
+from mtp_fast.training import (
+    Corpus,
+    TrainConfig,
+    Trainer,
+    Windows,
+    default_precision,
+    multi_token_loss,
+    read_metrics,
+)
+
+CONFIG = MTPConfig(
+    vocab_size=256,
+    dim=32,
+    n_layers=4,
+    n_attention_heads=2,
+    n_kv_heads=1,
+    n_future_tokens=3,
+    ffn_dim=64,
+    max_seq_len=64,
+)
+TRAIN = TrainConfig(
+    steps=8, batch_size=2, context=24, eval_every=3, eval_batches=2, checkpoint_every=3
+)
+
+
+def new_model(**changes) -> MTPTransformer:
+    torch.manual_seed(0)
+    return MTPTransformer(dataclasses.replace(CONFIG, **changes))
+
+
+def random_tokens(seed: int = 0, count: int = 4000) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, count).astype(np.uint8)
+
+
+def new_trainer(directory, model=None, train=None, **changes) -> Trainer:
+    train = random_tokens() if train is None else train
+    return Trainer(
+        model or new_model(), dataclasses.replace(TRAIN, **changes), train, train, directory
+    )
+
+
+def logged_losses(directory) -> list[list[float]]:
+    return [metrics.loss for metrics in read_metrics(directory)]
+
+
+def test_loss_is_the_sum_of_the_heads_cross_entropies():
+    model, tokens = new_model(), torch.randint(0, 256, (2, 20))
+    document_ids = (torch.arange(20) >= 11).long().expand(2, -1)
+    weights = [1.0, 0.5, 0.25]
+    loss, stats = multi_token_loss(
+        model, tokens, head_weights=weights, document_ids=document_ids, return_stats=True
+    )
+    expected = []
+    for k in range(3):
+        logits, target = model.logits(tokens, k)[:, : -1 - k], tokens[:, 1 + k :].clone()
+        target[document_ids[:, 1 + k :] != document_ids[:, : -1 - k]] = -100
+        expected.append(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+    torch.testing.assert_close(stats.loss, torch.stack(expected).detach())
+    torch.testing.assert_close(loss, sum(w * e for w, e in zip(weights, expected, strict=True)))
+
+
+def test_loss_rejects_an_unknown_route():
+    with pytest.raises(ValueError, match="route must be .* got 'serial'"):
+        multi_token_loss(new_model(), torch.zeros(1, 8, dtype=torch.int64), route="serial")
+
+
+def test_windows_depend_on_seed_and_number_alone():
+    tokens = np.arange(100, dtype=np.uint16)
+    windows = Windows(tokens, 5, 10, seed=3)
+    third = windows.batch(2)
+    assert third.shape == (5, 10)
+    assert third.dtype == torch.int64
+    assert torch.equal(third - third[:, :1], torch.arange(10).expand(5, -1))
+    assert torch.equal(third, Windows(tokens, 5, 10, seed=3).batch(2))
+    assert not torch.equal(third, windows.batch(3))
+    assert not torch.equal(third, Windows(tokens, 5, 10, seed=4).batch(2))
+
+
+def test_windows_reach_both_ends():
+    windows = Windows(np.arange(12, dtype=np.uint8), 64, 10, seed=0)
+    assert set(windows.batch(0)[:, 0].tolist()) == {0, 1, 2}
+    with pytest.raises(ValueError, match="12 tokens, fewer than one window of 13"):
+        Windows(np.arange(12, dtype=np.uint8), 1, 13, seed=0)
+
+
+def test_corpus_splits_by_file_and_closes_documents(tmp_path):
+    files = []
+    for i in range(20):
+        files.append(tmp_path / f"{i}.txt")
+        files[-1].write_text(f"text {i}")
+    corpus = Corpus(tuple(files), validation_share=0.1, seed=1)
+    train, validation = corpus.split_files()
+    assert len(validation) == 2
+    assert sorted(train + validation) == sorted(files)
+    assert Corpus(tuple(files), validation_share=0.1, seed=2).split_files()[1] != validation
+    documents = bytes(corpus.read()[1]).split(b"\0")
+    assert documents == [*(file.read_bytes() for file in validation), b""]
+
+    corpus.save(tmp_path / "run")
+    assert Corpus.load(tmp_path / "run").split_files() == (train, validation)
+    (tmp_path / "run" / "corpus.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"corpus\.json is damaged"):
+        Corpus.load(tmp_path / "run")
+
+
+def test_a_single_file_is_validated_on_its_end(tmp_path):
+    file = tmp_path / "one.txt"
+    file.write_bytes(bytes(range(1, 100)))
+    train, validation = Corpus((file,), validation_share=0.1).read()
+    assert bytes(train) == bytes(range(1, 91))
+    assert bytes(validation) == bytes(range(91, 100)) + b"\0"
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no files"):
+        Corpus(())
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="0 bytes in .*empty"):
+        Corpus((tmp_path / "empty",)).read()
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = TrainConfig(steps=1, learning_rate=1.0, final_learning_rate=0.1, warmup=0.2)
+    rates = [config.learning_rate_at(p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": 1.0}, "give one of steps and minutes"),
+        ({"steps": None}, "give one of steps and minutes"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"precision": "int8"}, "precision must be"),
+        ({"warmup": 1.0}, "warmup must be in"),
+    ],
+)
+def test_train_config_rejects(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TRAIN, **changes)
+
+
+def test_trainer_rejects_a_context_beyond_the_model(tmp_path):
+    with pytest.raises(ValueError, match="context=65 exceeds the model's max_seq_len=64"):
+        new_trainer(tmp_path, context=65)
+
+
+def test_matrices_decay_and_norms_do_not(tmp_path):
+    model = new_model()
+    with torch.no_grad():
+        model.embedding.weight[255] = 1.0  # a row without gradient changes by its decay alone
+    train = random_tokens() % 200
+    trainer = new_trainer(tmp_path, model, train, weight_decay=0.5, warmup=0.0, learning_rate=0.1)
+    trainer.train_step()
+    torch.testing.assert_close(model.embedding.weight[255], torch.full((32,), 1 - 0.1 * 0.5))
+    groups = trainer._optimizer.param_groups
+    assert {id(p) for g in groups if not g["weight_decay"] for p in g["params"]} == {
+        id(p) for name, p in model.named_parameters() if "norm" in name
+    }
+
+
+def test_gradients_are_clipped(tmp_path):
+    trainer = new_trainer(tmp_path, grad_clip=1e-3)
+    seen = []
+    trainer._optimizer.register_step_pre_hook(
+        lambda *_: seen.append(
+            torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
+        )
+    )
+    assert trainer.train_step().grad_norm > 0.1
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_training_learns_a_periodic_text(tmp_path):
+    tokens = np.frombuffer(b"multi-token prediction! " * 200, np.uint8)
+    trainer = new_trainer(tmp_path, train=tokens, steps=120, learning_rate=1e-2, batch_size=8)
+    assert trainer.run()
+    last = read_metrics(tmp_path)[-1]
+    assert last.step == 120
+    assert last.tokens == 120 * 8 * 24
+    assert all(loss < 0.1 for loss in last.validation_loss)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Four windows at once, or as two micro-batches that together hold the same windows."""
+    tokens = random_tokens()
+    parts = new_trainer(tmp_path / "a", train=tokens, accumulation=2)
+    whole = new_trainer(tmp_path / "b", train=tokens, batch_size=4)
+    batches = [parts._train.batch(0), parts._train.batch(1)]
+    whole._train.batch = lambda index: torch.cat(batches)
+    one, other = parts.train_step(), whole.train_step()
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    assert one.tokens == other.tokens
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_has_the_same_losses(tmp_path, precision, dropout):
+    def trainer(name):
+        return new_trainer(tmp_path / name, new_model(dropout=dropout), precision=precision)
+
+    assert trainer("whole").run()
+    killed = trainer("killed")
+    while killed.step < 5:  # the last checkpoint is of step 3
+        killed.train_step()
+        if killed.step == 3:
+            killed.save()
+    del killed
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "tok')  # and the log ends in half a line
+    resumed = Trainer.resume(tmp_path / "killed", random_tokens(), random_tokens())
+    assert resumed.step == 3
+    assert resumed.run()
+    assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
+    whole, killed_model = (load_checkpoint(tmp_path / n) for n in ("whole", "killed"))
+    for a, b in zip(whole.parameters(), killed_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_and_stops(tmp_path, number):
+    trainer = new_trainer(tmp_path)
+
+    def report(metrics):
+        if metrics.step == 4:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    assert not trainer.run(report)
+    assert signal.getsignal(number) is handler
+    resumed = Trainer.resume(tmp_path, random_tokens(), random_tokens())
+    assert resumed.step == 4
+    assert resumed.run()
+
+
+def test_a_run_by_the_clock_ends_and_counts_on_after_resume(tmp_path):
+    trainer = new_trainer(tmp_path, steps=None, minutes=1.0)
+    trainer.train_step()
+    assert 0 < trainer.progress < 1
+    trainer.seconds = 59.9999
+    assert trainer.run()
+    assert read_metrics(tmp_path)[-1].validation_loss is not None
+    assert Trainer.resume(tmp_path, random_tokens(), random_tokens()).progress == 1
+
+
+def test_damaged_training_states_are_refused_and_kept(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be resumed: it has no training_state\.pt"):
+        Trainer.resume(tmp_path, random_tokens(), random_tokens())
+    trainer = new_trainer(tmp_path)
+    trainer.train_step()
+    trainer.save()
+    state = tmp_path / "training_state.pt"
+    data = state.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"not a checkpoint"):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"training_state\.pt is damaged"):
+            Trainer.resume(tmp_path, random_tokens(), random_tokens())
+        assert state.read_bytes() == damaged
+    torch.save({"step": 1}, state)
+    with pytest.raises(ValueError, match="not of this version"):
+        Trainer.resume(tmp_path, random_tokens(), random_tokens())
+
+
+def test_metrics_are_json_lines(tmp_path):
+    new_trainer(tmp_path, steps=3).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["validation_loss"] is None for line in lines] == [True, True, False]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_default_precision_is_one_that_training_takes():
+    dataclasses.replace(TRAIN, precision=default_precision(torch.device("cpu")))
