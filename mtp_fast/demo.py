@@ -1,4 +1,4 @@
-"""`mtp-fast demo`: train a 4-head byte model on the standard library, then decode with 1..4 heads."""
+"""`mtp-fast demo`: train a byte model on the standard library, then decode with 1 to 4 heads."""
 
 from __future__ import annotations
 
@@ -127,9 +127,10 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     metrics = read_metrics(checkpoint)
     prompts = held_out_prompts(corpus.split_files()[1])
     rows, example = measure_decoding(model.eval(), prompts)
+    training = _training_summary(metrics, config)
     report = {
         "model": dataclasses.asdict(MODEL),
-        "training": _training_summary(metrics, config),
+        "training": training,
         "decoding": [dataclasses.asdict(row) for row in rows],
         "machine": {
             "platform": platform.platform(),
@@ -146,8 +147,8 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     print_continuation(bytes(prompts[0].tolist()), example.tokens[0], example.drafted[0])
     console.print()
     console.print(_table(rows))
-    losses = report["training"]["validation_loss"]
-    console.print(f"validation loss of head 0: {losses[0]:.3f} nats a byte")
+    loss = training["validation_loss"][0]
+    console.print(f"validation loss of head 0: {loss:.3f} nats a byte")
     console.print(f"wrote {report_file}, {out / 'report.png'} and {checkpoint}")
     return True
 

@@ -19,8 +19,9 @@ from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint, save_che
 from mtp_fast.training import read_metrics
 
 COMMAND = [sys.executable, "-m", "mtp_fast.cli"]
-SHAPE = "--heads 2 --layers 3 --dim 16 --attention-heads 2 --ffn-dim 16 --max-seq-len 64".split()
-LOOP = "--batch-size 2 --context 16 --eval-every 50".split()
+SHAPE = "--heads 2 --layers 3 --dim 16 --attention-heads 2 --ffn-dim 16 --max-seq-len 64"
+LOOP = "--batch-size 2 --context 16 --eval-every 50"
+OPTIONS = f"{SHAPE} {LOOP}".split()
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -85,7 +86,7 @@ def test_bad_input_through_a_process(arguments, words, tmp_path):
         ("train MISSING --out NEW --steps 1", ["No such file", "missing.txt"]),
         ("train SHORT --out NEW --steps 1", ["fewer than one window"]),
         ("train TEXT --out USED --steps 1", ["is in use"]),
-        ("train TEXT --out UNWRITABLE/a --steps 1", ["UNWRITABLE"]),
+        ("train TEXT --out UNWRITABLE/a --steps 1 --context 16", ["UNWRITABLE"]),
         ("train TEXT --out NEW --steps 1 --device tpu", ["--device must be cpu or cuda"]),
         ("train --resume MISSING", ["cannot be resumed"]),
         ("train --resume CHECKPOINT", ["cannot be resumed"]),
@@ -98,7 +99,7 @@ def test_bad_input_through_a_process(arguments, words, tmp_path):
         ("generate CHECKPOINT --prompt-file EMPTY", ["prompts[0]", "not empty"]),
         ("generate CHECKPOINT --prompt-file MISSING", ["missing.txt"]),
         ("generate CHECKPOINT", ["--prompt"]),
-        ("generate CHECKPOINT --prompt x --temperature -1", ["temperature"]),
+        ("generate CHECKPOINT --prompt x --max-new-tokens 8 --temperature -1", ["temperature"]),
         ("generate CHECKPOINT --prompt x --max-new-tokens 8 --top-p 1.5", ["top_p"]),
         ("generate RESHAPED --prompt x", ["does not hold the model of config.json"]),
         ("generate WORDS --prompt x", ["vocabulary of 300"]),
@@ -152,7 +153,7 @@ def test_version_tells_the_build(capsys):
 
 def test_train_then_generate(text, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["train", str(text), "--out", str(out), "--steps", "3", *SHAPE, *LOOP]) == 0
+    assert cli.main(["train", str(text), "--out", str(out), "--steps", "3", *OPTIONS]) == 0
     assert str(out) in capsys.readouterr().out
     prompt = ["generate", str(out), "--prompt", "def ", "--max-new-tokens", "20"]
     outputs = []
@@ -169,7 +170,7 @@ def test_train_then_generate(text, tmp_path, capsys):
 def test_ctrl_c_saves_what_resume_continues(text, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [*COMMAND, "train", text, "--out", out, "--steps", "400", *SHAPE, *LOOP],
+        [*COMMAND, "train", text, "--out", out, "--steps", "400", *OPTIONS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

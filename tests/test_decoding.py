@@ -109,9 +109,7 @@ def test_incremental_logits_equal_full_recomputation():
             for b, end in enumerate(start.tolist()):
                 context = tokens[b : b + 1, :end]
                 expected = model.logits(context)[0, end - size : end]
-                torch.testing.assert_close(
-                    cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4
-                )
+                torch.testing.assert_close(cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4)
                 for k in (1, 2, 3):
                     torch.testing.assert_close(
                         drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=1e-4, atol=1e-4
@@ -212,12 +210,19 @@ def test_sampled_continuations_have_the_models_distribution(n_heads, rule, filte
                 logits = logits.masked_fill(logits < cut, -torch.inf)
             law = (law[:, None] * logits.softmax(-1)).flatten()
             contexts = torch.cat(
-                [contexts.repeat_interleave(5, 0), torch.arange(5).repeat(len(contexts))[:, None]], 1
+                [contexts.repeat_interleave(5, 0), torch.arange(5).repeat(len(contexts))[:, None]],
+                1,
             )
     count = 8000
     result = generate(
-        model, prompt.expand(count, -1), 3, n_heads=n_heads, rule=rule, seed=11,
-        temperature=temperature, top_k=top_k,
+        model,
+        prompt.expand(count, -1),
+        3,
+        n_heads=n_heads,
+        rule=rule,
+        seed=11,
+        temperature=temperature,
+        top_k=top_k,
     )
     drawn = torch.stack(result.tokens) @ torch.tensor([25, 5, 1])
     observed = torch.bincount(drawn, minlength=125).double()

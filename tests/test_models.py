@@ -103,13 +103,9 @@ def test_positions_are_relative():
     torch.manual_seed(0)
     table = rope_table(8, 32, 10_000.0)
     q, k = torch.randn(1, 8), torch.randn(1, 8)
-    products = [
-        (apply_rope(q, table[t + 5]) * apply_rope(k, table[t])).sum() for t in (0, 3, 26)
-    ]
+    products = [(apply_rope(q, table[t + 5]) * apply_rope(k, table[t])).sum() for t in (0, 3, 26)]
     torch.testing.assert_close(products[0].expand(3), torch.stack(products))
-    assert not torch.isclose(
-        products[0], (apply_rope(q, table[9]) * apply_rope(k, table[0])).sum()
-    )
+    assert not torch.isclose(products[0], (apply_rope(q, table[9]) * apply_rope(k, table[0])).sum())
     # The convention of Llama as Hugging Face stores it: halves, not neighbours, make a pair.
     one = torch.zeros(1, 8)
     one[0, 1] = 1.0

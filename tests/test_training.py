@@ -75,7 +75,7 @@ def test_loss_is_the_sum_of_the_heads_cross_entropies():
 
 
 def test_loss_rejects_an_unknown_route():
-    with pytest.raises(ValueError, match="route must be .* got 'serial'"):
+    with pytest.raises(ValueError, match=r"route must be .* got 'serial'"):
         multi_token_loss(new_model(), torch.zeros(1, 8, dtype=torch.int64), route="serial")
 
 
@@ -130,7 +130,7 @@ def test_an_empty_corpus_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no files"):
         Corpus(())
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="0 bytes in .*empty"):
+    with pytest.raises(ValueError, match=r"0 bytes in .*empty"):
         Corpus((tmp_path / "empty",)).read()
 
 

@@ -81,15 +81,14 @@ class IncrementalModel:
         config, weight = model.config, model.unembedding.weight
         self._model, self._config = model, config
         self._batch, self._capacity = batch, capacity
-        self._layers = [*model.trunk.blocks, model.heads[0]]
+        heads = [head for head in model.heads if isinstance(head, Block)]
+        self._layers = [*model.trunk.blocks, heads[0]]
         self._cache = KVCache(
             len(self._layers), batch, capacity, config.n_kv_heads, config.head_dim, weight
         )
         self._rope = rope_table(config.head_dim, capacity, config.rope_theta).to(weight)
         self._drafting = (
-            _DraftHeads(model, list(model.heads[1:n_heads]), batch, capacity)
-            if n_heads > 1
-            else None
+            _DraftHeads(model, heads[1:n_heads], batch, capacity) if n_heads > 1 else None
         )
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
@@ -151,10 +150,10 @@ class IncrementalModel:
     def _block(self, layer: int, block: Block, x: Tensor, rows: Rows, rope: Tensor) -> Tensor:
         attention, n_q = block.attention, self._config.n_attention_heads
         qkv = linear(block.attention_norm(x), attention.qkv.weight)
-        qkv = apply_rope(qkv.unflatten(-1, (-1, self._config.head_dim)), rope)
+        qkv = apply_rope(qkv.view(len(x), -1, self._config.head_dim), rope)
         self._cache.write(layer, rows.slots, qkv[:, n_q:])
         k, v = self._cache.read(layer, rows.mask.shape[-1])
-        q = qkv[:, :n_q].unflatten(0, (self._batch, -1)).transpose(1, 2)
+        q = qkv[:, :n_q].reshape(self._batch, -1, n_q, self._config.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, enable_gqa=True)
         x = add_linear(x, y.transpose(1, 2).reshape(x.shape), attention.out.weight)
         gate, up = linear(block.ffn_norm(x), block.ffn.gate_up.weight).chunk(2, -1)
@@ -171,31 +170,24 @@ class _DraftHeads:
         self._config, self._batch = config, batch
         self._n_kv = len(heads) * config.n_kv_heads
         n_q, n_kv, width = config.n_attention_heads, config.n_kv_heads, config.head_dim
-        q, k, v = zip(
-            *(
-                (head.attention.qkv.weight * head.attention_norm.weight).split(
-                    [n_q * width, n_kv * width, n_kv * width]
-                )
-                for head in heads
-            ),
-            strict=True,
-        )
-        self._q, self._kv = torch.cat(q), torch.cat([*k, *v])
+        qkv = torch.stack([h.attention.qkv.weight * h.attention_norm.weight for h in heads])
+        q, k, v = qkv.tensor_split([n_q * width, (n_q + n_kv) * width], 1)
+        self._q = q.flatten(0, 1)
+        self._kv = torch.cat([k, v]).flatten(0, 1)
         self._out = torch.stack([h.attention.out.weight.t() for h in heads])
         self._gate_up = torch.stack([(h.ffn.gate_up.weight * h.ffn_norm.weight).t() for h in heads])
         self._down = torch.stack([h.ffn.down.weight.t() for h in heads])
-        self._cache = KVCache(1, batch, capacity, self._n_kv, width, q[0])
+        self._cache = KVCache(1, batch, capacity, self._n_kv, width, qkv)
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
         """Store keys and values of the rows `trunk` (R, dim)."""
-        kv = linear(self._normalize(trunk), self._kv).unflatten(-1, (-1, self._config.head_dim))
-        self._cache.write(
-            0, rows.slots, apply_rope(kv, _rope_for(rows.rope, self._n_kv, self._n_kv))
-        )
+        kv = linear(self._normalize(trunk), self._kv).view(len(trunk), -1, self._config.head_dim)
+        rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
+        self._cache.write(0, rows.slots, apply_rope(kv, rope))
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""
-        q = linear(self._normalize(trunk), self._q).unflatten(-1, (-1, self._config.head_dim))
+        q = linear(self._normalize(trunk), self._q).view(len(trunk), -1, self._config.head_dim)
         k, v = self._cache.read(0, row.mask.shape[-1])
         y = F.scaled_dot_product_attention(
             apply_rope(q, row.rope).unsqueeze(2), k, v, attn_mask=row.mask, enable_gqa=True
@@ -210,7 +202,7 @@ class _DraftHeads:
 
 
 def _rope_for(rope: Tensor, n_rotated: int, n_plain: int) -> Tensor:
-    """Widen `rope` (R, 2, 1, head_dim) to heads that are rotated and, after them, heads that are not.
+    """Widen `rope` (R, 2, 1, head_dim) to heads that are rotated, and then heads that are not.
 
     Values then take the same three calls as the queries and keys beside them.
     """

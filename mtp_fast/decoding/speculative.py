@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def generate(
         [prompt.to(device, torch.int64) for prompt in prompts],
         max_new_tokens,
         n_heads,
-        dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
         rule,
         seed,
         eos_token_id,
@@ -168,7 +169,7 @@ class _Decoder:
         prompts: list[Tensor],
         max_new_tokens: int,
         n_heads: int,
-        sampling: dict[str, float | None],
+        sampling: dict[str, Any],
         rule: str,
         seed: int,
         eos_token_id: int | None,
@@ -203,10 +204,10 @@ class _Decoder:
             chunk = tokens[:, begin : begin + PREFILL_CHUNK]
             start = torch.full_like(last, begin)
             rows = self.model.rows(start, chunk.shape[1], begin + chunk.shape[1])
-            new = self.model.forward(chunk, rows)
+            outputs = self.model.forward(chunk, rows)
             row = last - begin
             here = ((row >= 0) & (row < chunk.shape[1]))[:, None]
-            new = [_pick(x, row.clamp(0, chunk.shape[1] - 1)) for x in new]
+            new = [_pick(x, row.clamp(0, chunk.shape[1] - 1)) for x in outputs]
             picked = [torch.where(here, a, b) for a, b in zip(new, picked or new, strict=True)]
         trunk, hidden = picked
         self.commit(hidden[:, None], trunk[:, None])

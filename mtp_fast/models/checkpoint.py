@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from mtp_fast.models.config import MTPConfig
 from mtp_fast.models.transformer import MTPTransformer
 

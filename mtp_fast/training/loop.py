@@ -89,8 +89,8 @@ class TrainConfig:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("give one of steps and minutes")
         positive = ("steps", "minutes", "batch_size", "context", "accumulation", "learning_rate")
-        positive += ("grad_clip", "eval_every", "eval_batches", "checkpoint_every")
-        for name in positive:
+        intervals = ("grad_clip", "eval_every", "eval_batches", "checkpoint_every")
+        for name in positive + intervals:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -215,7 +215,7 @@ class Trainer:
                 loss, stats = multi_token_loss(
                     self.model, tokens, route=config.route, return_stats=True
                 )
-            (loss / config.accumulation).backward()
+            torch.autograd.backward(loss / config.accumulation)
             losses.append(stats.loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self._optimizer.step()
@@ -257,7 +257,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
-            # The weights once more: a kill between two renames must not pair the files of two steps.
+            # The weights once more: a kill between two renames must not pair two steps' files.
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -358,6 +358,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag; a second one acts as it always did."""
     received: list[int] = []
+    previous: dict[int, Any] = {}
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # Python delivers signals to the main thread only
         return
@@ -366,9 +367,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, stop)
+    for number in map(int, (signal.SIGINT, signal.SIGTERM)):
+        previous[number] = signal.signal(number, stop)
     try:
         yield lambda: bool(received)
     finally:

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, overload
 
 from torch import Tensor
 
 from mtp_fast.models import MTPTransformer
-from mtp_fast.ops.multi_token_cross_entropy import multi_token_cross_entropy
+from mtp_fast.ops.multi_token_cross_entropy import MultiTokenStats, multi_token_cross_entropy
+
+
+@overload
+def multi_token_loss(
+    model: MTPTransformer,
+    tokens: Tensor,
+    *,
+    route: str = "parallel",
+    head_weights: Sequence[float] | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def multi_token_loss(
+    model: MTPTransformer,
+    tokens: Tensor,
+    *,
+    route: str = "parallel",
+    head_weights: Sequence[float] | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_stats: Literal[True],
+) -> tuple[Tensor, MultiTokenStats]: ...
 
 
 def multi_token_loss(
@@ -19,7 +43,7 @@ def multi_token_loss(
     head_weights: Sequence[float] | Tensor | None = None,
     document_ids: Tensor | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, MultiTokenStats]:
     """Score every head of `model` on `tokens`.
 
     Parameters
@@ -44,11 +68,12 @@ def multi_token_loss(
     """
     if route != "parallel":
         raise ValueError(f'route must be "parallel", got {route!r}')
-    return multi_token_cross_entropy(
+    loss, stats = multi_token_cross_entropy(
         model(tokens),
         model.unembedding.weight,
         tokens,
         document_ids=document_ids,
         head_weights=head_weights,
-        return_stats=return_stats,
+        return_stats=True,
     )
+    return (loss, stats) if return_stats else loss
