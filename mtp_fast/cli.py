@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
     loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
     loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
+    loop.add_argument("--route", choices=["parallel", "headwise"], default=defaults.route)
     loop.add_argument("--precision", choices=["bfloat16", "float32"], help="default: the faster")
     _add_common(run)
     run.set_defaults(run=_train)
@@ -192,6 +193,7 @@ def _new_trainer(args: argparse.Namespace) -> Trainer:
         weight_decay=args.weight_decay,
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
+        route=args.route,
         precision=args.precision or default_precision(device),
         seed=args.seed,
     )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -77,6 +78,78 @@ def test_loss_is_the_sum_of_the_heads_cross_entropies():
 def test_loss_rejects_an_unknown_route():
     with pytest.raises(ValueError, match=r"route must be .* got 'serial'"):
         multi_token_loss(new_model(), torch.zeros(1, 8, dtype=torch.int64), route="serial")
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"dropout": 0.3}])
+def test_both_routes_have_the_same_gradients(precision, changes):
+    model, tokens = new_model(**changes), torch.randint(0, 256, (2, 20))
+    options = {
+        "head_weights": [1.0, 0.5, 0.25],
+        "document_ids": (torch.arange(20) >= 11).long().expand(2, -1),
+        "return_stats": True,
+    }
+    results = []
+    for route in ("parallel", "headwise"):
+        torch.manual_seed(7)
+        model.zero_grad()
+        for _ in range(2):  # gradients add up over micro-batches
+            with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+                loss, stats = multi_token_loss(model, tokens, route=route, **options)
+            (loss * 0.5).backward()
+        results.append((loss, stats, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, stats, gradients), (loss_, stats_, gradients_) = results
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    if precision == torch.bfloat16:
+        tolerance = {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(loss_, loss, **tolerance)
+    torch.testing.assert_close(tuple(stats_), tuple(stats), **tolerance)
+    assert gradients_.keys() == gradients.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients_[name], gradients[name], **tolerance, msg=name)
+
+
+def test_headwise_keeps_one_heads_activations(monkeypatch):
+    """When a head starts, no tensor is alive that another head saved for its backward."""
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    model, saved, counts = new_model(), weakref.WeakSet(), []
+
+    def pack(tensor):
+        box = Saved(tensor)
+        saved.add(box)
+        return box
+
+    def head(x, k):
+        counts.append(len(saved))
+        return MTPTransformer.head(model, x, k)
+
+    monkeypatch.setattr(model, "head", head)
+    tokens = torch.randint(0, 256, (2, 20))
+    for route in ("parallel", "headwise"):
+        counts.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            loss = multi_token_loss(model, tokens, route=route)
+        of_trunk = counts[0]
+        assert of_trunk > 0
+        if route == "parallel":  # the measure sees what it should
+            assert counts[2] > counts[1] > of_trunk
+        else:
+            assert counts == [of_trunk] * 3
+        del loss
+
+
+def test_headwise_leaves_frozen_parameters_alone():
+    model, tokens = new_model(), torch.randint(0, 256, (2, 20))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("heads.1"))
+    multi_token_loss(model, tokens, route="headwise").backward()
+    assert {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None} == {"1"}
+    with pytest.raises(ValueError, match=r"head_weights must be \(3,\)"):
+        multi_token_loss(model, tokens, route="headwise", head_weights=[1.0])
 
 
 def test_windows_depend_on_seed_and_number_alone():

@@ -96,6 +96,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.precision not in ("bfloat16", "float32"):
             raise ValueError(f'precision must be "bfloat16" or "float32", got {self.precision!r}')
+        if self.route not in ("parallel", "headwise"):
+            raise ValueError(f'route must be "parallel" or "headwise", got {self.route!r}')
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
 
@@ -348,7 +350,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is damaged ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} is not a training state")
     return state

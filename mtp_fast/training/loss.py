@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from mtp_fast.models import MTPTransformer
 from mtp_fast.ops.multi_token_cross_entropy import MultiTokenStats, multi_token_cross_entropy
+from mtp_fast.training.headwise import headwise_loss
 
 
 @overload
@@ -52,8 +54,10 @@ def multi_token_loss(
         The model.
     tokens : Tensor
         (B, T) int64: input and, unshifted, the labels.
-    route : {"parallel"}
-        "parallel" runs all heads, then one backward.
+    route : {"parallel", "headwise"}
+        "parallel" runs all heads, then one backward. "headwise" ends each head's forward and
+        backward before the next head's, so that one head's activations live at a time. Gradients
+        are the same.
     head_weights : sequence of float or Tensor, optional
         (n,) weights of the heads' losses; all 1 by default.
     document_ids : Tensor, optional
@@ -66,14 +70,18 @@ def multi_token_loss(
     Tensor or (Tensor, stats)
         The weighted sum over heads, a float32 scalar in nats per token.
     """
-    if route != "parallel":
-        raise ValueError(f'route must be "parallel", got {route!r}')
-    loss, stats = multi_token_cross_entropy(
-        model(tokens),
-        model.unembedding.weight,
-        tokens,
-        document_ids=document_ids,
-        head_weights=head_weights,
-        return_stats=True,
-    )
+    if route not in ("parallel", "headwise"):
+        raise ValueError(f'route must be "parallel" or "headwise", got {route!r}')
+    if route == "headwise" and torch.is_grad_enabled():
+        trunk = model.trunk_output(tokens)
+        loss, stats = headwise_loss(model, trunk, tokens, head_weights, document_ids)
+    else:
+        loss, stats = multi_token_cross_entropy(
+            model(tokens),
+            model.unembedding.weight,
+            tokens,
+            document_ids=document_ids,
+            head_weights=head_weights,
+            return_stats=True,
+        )
     return (loss, stats) if return_stats else loss
