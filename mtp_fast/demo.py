@@ -95,7 +95,7 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     config = TrainConfig(
         minutes=minutes,
         batch_size=8,
-        learning_rate=4e-3,
+        learning_rate=2e-3,
         context=CONTEXT,
         precision=default_precision(device),
         eval_every=100,
