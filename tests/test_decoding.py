@@ -269,8 +269,15 @@ def test_a_model_of_nan_is_an_error_and_not_a_loop():
     model = sharp_model()
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(RuntimeError, match=r"not finite for prompts \[0\]"):
         generate(model, [torch.tensor([1])], 4)
+
+    one_bad_word = sharp_model()
+    with torch.no_grad():
+        one_bad_word.embedding.weight[7] = torch.nan
+    prompts = [torch.tensor([1]), torch.tensor([7]), torch.tensor([3, 2])]
+    with pytest.raises(RuntimeError, match=r"not finite for prompts \[1\]"):
+        generate(one_bad_word, prompts, 4)
 
 
 def test_a_foreign_trunk_has_no_cache():

@@ -231,6 +231,7 @@ class _Decoder:
             seed=self.seed,
             position=position,
             eos_token_id=self.eos_token_id,
+            pad_token_id=0,  # a sequence that has ended goes on reading its output: keep it valid
             **self.sampling,
         )
         columns = self.columns[: hidden.shape[1]]
@@ -280,7 +281,8 @@ class _Decoder:
     def result(self, started: float) -> GenerateResult:
         """Cut the output to what each sequence produced."""
         if self.stuck.any():
-            raise RuntimeError(f"the model's logits are not finite in sequences {self.stuck}")
+            bad = self.stuck.nonzero().flatten().tolist()
+            raise RuntimeError(f"the model's logits are not finite for prompts {bad}")
         produced, forwards = self.produced.tolist(), self.forwards.tolist()
         steps = max(1, sum(forwards) - len(forwards))  # the prompt's forward has no drafts
         stats = GenerateStats(
