@@ -276,7 +276,7 @@ def test_a_model_of_nan_is_an_error_and_not_a_loop():
     with torch.no_grad():
         one_bad_word.embedding.weight[7] = torch.nan
     prompts = [torch.tensor([1]), torch.tensor([7]), torch.tensor([3, 2])]
-    with pytest.raises(RuntimeError, match=r"not finite for prompts \[1\]"):
+    with pytest.raises(RuntimeError, match=r"not finite for prompts \[.*1.*\]"):
         generate(one_bad_word, prompts, 4)
 
 
