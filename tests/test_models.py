@@ -162,7 +162,7 @@ def test_checkpoint_round_trips(tmp_path, tie_embeddings):
     model = small_model(tie_embeddings=tie_embeddings)
     for _ in range(2):  # the second one replaces the first
         save_checkpoint(model, tmp_path / "a" / "b")
-    loaded = load_checkpoint(tmp_path / "a" / "b")
+    loaded = load_checkpoint(str(tmp_path / "a" / "b"))
     assert loaded.config == model.config
     tokens = torch.randint(0, 50, (2, 9))
     torch.testing.assert_close(loaded.logits(tokens), model.logits(tokens), rtol=0, atol=0)

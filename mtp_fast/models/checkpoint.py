@@ -15,10 +15,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def save_checkpoint(model: MTPTransformer, path: Path) -> None:
+def save_checkpoint(model: MTPTransformer, path: str | Path) -> None:
     """Write `model` into the directory `path`, over an earlier checkpoint if there is one."""
     from safetensors.torch import save_file  # of the cli extra: the model alone does not need it
 
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -39,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> MTPTransformer:
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MTPTransformer:
     """Read a model that `save_checkpoint` wrote.
 
     Raises
@@ -51,6 +52,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> MTPTransf
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(path)
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is not a checkpoint: no {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     try:
