@@ -2,6 +2,7 @@
 // checked in Python, where they cost nothing.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "acceptance/params.h"
@@ -14,9 +15,9 @@ struct BadArgument {
 };
 
 inline BadArgument check_sampling(const SamplingParams& s, int64_t batch) {
-  constexpr double kMax = 3.4028234663852886e38;  // NaN fails every comparison
   for (int64_t b = 0; b < batch; ++b) {
-    if (!(s.temperature[b] >= 0.0 && s.temperature[b] <= kMax)) return {"temperature", b};
+    // NaN fails every comparison.
+    if (!(s.temperature[b] >= 0.0 && s.temperature[b] <= DBL_MAX)) return {"temperature", b};
     if (s.top_k[b] < 0) return {"top_k", b};
     if (!(s.top_p[b] > 0.0 && s.top_p[b] <= 1.0)) return {"top_p", b};
     if (!(s.min_p[b] >= 0.0 && s.min_p[b] < 1.0)) return {"min_p", b};

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <mutex>
 
 #include "acceptance/cpu_row.h"
@@ -26,9 +27,14 @@ struct Histogram {
   uint32_t count[kBins];
   uint64_t mass[kBins];
 
-  void add(const Histogram& other) {
-    for (int i = 0; i < kBins; ++i) count[i] += other.count[i];
-    for (int i = 0; i < kBins; ++i) mass[i] += other.mass[i];
+  // Only the first `bins` are ever touched: small vocabularies should not pay for all of them.
+  void clear(int bins) {
+    memset(count, 0, bins * sizeof count[0]);
+    memset(mass, 0, bins * sizeof mass[0]);
+  }
+  void add(const Histogram& other, int bins) {
+    for (int i = 0; i < bins; ++i) count[i] += other.count[i];
+    for (int i = 0; i < bins; ++i) mass[i] += other.mass[i];
   }
 };
 
@@ -57,14 +63,14 @@ class Filters {
 
   void top_k(int64_t k) {
     const uint64_t target = static_cast<uint64_t>(k);
-    keep_until(kth_largest_block_max(k), kCount, [&](const Histogram&) { return target; });
+    keep_until(kth_largest_block_max(k), kCount, [&](const Histogram&, int) { return target; });
   }
 
   void top_p(double p) {
     if (d_.filtered()) {  // by top-k: the whole mass is what the first histogram holds
-      keep_until(d_.floor, kMass, [&](const Histogram& h) {
+      keep_until(d_.floor, kMass, [&](const Histogram& h, int bins) {
         uint64_t all = 0;
-        for (const uint64_t mass : h.mass) all += mass;
+        for (int i = 0; i < bins; ++i) all += h.mass[i];
         return static_cast<uint64_t>(std::ceil(p * static_cast<double>(all)));
       });
       return;
@@ -73,7 +79,7 @@ class Filters {
     const double weight = (1.0 - p) * d_.total / static_cast<double>(d_.blocks.vocab);
     const float low = static_cast<float>(d_.max + std::log2(weight) / d_.scale);
     const uint64_t target = static_cast<uint64_t>(std::ceil(p * d_.total * kMassUnits));
-    keep_until(low, kMass, [&](const Histogram&) { return target; });
+    keep_until(low, kMass, [&](const Histogram&, int) { return target; });
   }
 
   void min_p(double p) {
@@ -95,8 +101,8 @@ class Filters {
     return tops[k - 1];
   }
 
-  // Narrows the filter to the shortest prefix whose measure reaches target_of(first histogram). All
-  // of the prefix lies at `low` or above.
+  // Narrows the filter to the shortest prefix whose measure reaches target_of(first histogram,
+  // bins). All of the prefix lies at `low` or above.
   template <class F>
   void keep_until(float low, Measure measure, const F& target_of) {
     uint32_t low_key = order_key<T>(std::max(low, -kLargest<T>) + 0.0f);
@@ -105,11 +111,11 @@ class Filters {
     for (bool first = true;; first = false) {
       int shift = 0;
       while ((high_key - low_key) >> shift >= Histogram::kBins) ++shift;
+      const int bins = static_cast<int>((high_key - low_key) >> shift) + 1;
       Histogram h;
-      fill(h, low_key, high_key, shift, measure);
-      if (first) target = target_of(h);
-      uint32_t bin = 0;
-      const uint32_t bins = ((high_key - low_key) >> shift) + 1;
+      fill(h, bins, low_key, high_key, shift, measure);
+      if (first) target = target_of(h, bins);
+      int bin = 0;
       uint64_t here = 0;
       for (; bin < bins; ++bin) {
         here = measure == kMass ? h.mass[bin] : h.count[bin];
@@ -128,10 +134,11 @@ class Filters {
           const uint64_t each = here / ties;
           kept = (target - above + each - 1) / each;
         }
-        keep_ties(from_order_key<T>(high_key - bin), std::max<uint64_t>(kept, 1), ties);
+        keep_ties(from_order_key<T>(high_key - static_cast<uint32_t>(bin)),
+                  std::max<uint64_t>(kept, 1), ties);
         return;
       }
-      high_key -= bin << shift;
+      high_key -= static_cast<uint32_t>(bin) << shift;
       low_key = std::max(low_key, high_key - ((1u << shift) - 1));
     }
   }
@@ -157,9 +164,10 @@ class Filters {
   }
 
   // Counts (and masses) of the kept logits with keys in [low_key, high_key], the largest in bin 0.
-  void fill(Histogram& h, uint32_t low_key, uint32_t high_key, int shift, Measure measure) const {
-    memset(&h, 0, sizeof h);
+  void fill(Histogram& h, int bins, uint32_t low_key, uint32_t high_key, int shift,
+            Measure measure) const {
     const float low = from_order_key<T>(low_key);
+    h.clear(bins);
     if (d_.blocks.threads == 1) {
       fill_from_blocks(h, low, high_key, shift, measure, 0, d_.blocks.count);
       return;
@@ -167,10 +175,10 @@ class Filters {
     std::mutex adding;
     d_.blocks.for_ranges([&](int first, int last) {
       Histogram mine;
-      memset(&mine, 0, sizeof mine);
+      mine.clear(bins);
       fill_from_blocks(mine, low, high_key, shift, measure, first, last);
       const std::lock_guard<std::mutex> lock(adding);
-      h.add(mine);
+      h.add(mine, bins);
     });
   }
 
