@@ -12,19 +12,18 @@ from torch import Tensor
 
 from mtp_fast import _C
 from mtp_fast.ops import _common
+from mtp_fast.ops._sampling_arguments import (
+    SAMPLING_NAMES,
+    Sampling,
+    addresses,
+    as_tensors,
+    check_index,
+    check_per_sequence,
+    check_sampling,
+    raise_fault,
+)
 
 _RULES = {"exact": 0, "block": 1, "typical": 2}
-
-# The range of each argument that may be a number or one value per sequence.
-_EXPECTED = {
-    "temperature": "a finite number >= 0",
-    "top_k": "an integer >= 0 (0: off)",
-    "top_p": "0 < top_p <= 1",
-    "min_p": "0 <= min_p < 1",
-    "seed": "an integer of 64 bits",
-    "position": "an integer of 64 bits",
-    "num_draft": "0 <= num_draft <= K",
-}
 
 
 class AcceptResult(NamedTuple):
@@ -148,22 +147,23 @@ def speculative_accept(
         _common.check_float_dtype("draft_logits", draft_logits, (target_logits.dtype,))
         _common.check_device("draft_logits", draft_logits, "target_logits", target_logits)
     if num_draft is not None:
-        num_draft = _check_per_sequence("num_draft", num_draft, target_logits, torch.int64)
+        num_draft = check_per_sequence("num_draft", num_draft, target_logits, torch.int64)
     if rule not in _RULES:
         raise ValueError(f'rule: expected "exact", "block" or "typical", got {rule!r}')
     if not 0.0 <= typical_epsilon <= 1.0:
         raise ValueError(f"typical_epsilon: expected a number in [0, 1], got {typical_epsilon}")
     if not 0.0 <= typical_delta < math.inf:
         raise ValueError(f"typical_delta: expected a finite number >= 0, got {typical_delta}")
-    sampling = _check_sampling(target_logits, temperature, top_k, top_p, min_p, seed, position)
-    eos = -1 if eos_token_id is None else eos_token_id
+    sampling = check_sampling(target_logits, temperature, top_k, top_p, min_p, seed, position)
+    eos = -1 if eos_token_id is None else check_index("eos_token_id", eos_token_id)
+    check_index("pad_token_id", pad_token_id)
     if torch.compiler.is_compiling():
         tokens, num_tokens, num_accepted, logprobs = torch.ops.mtp_fast.speculative_accept(
-            target_logits,
+            target_logits.detach(),
             draft_tokens,
-            draft_logits,
+            None if draft_logits is None else draft_logits.detach(),
             num_draft,
-            *_as_tensors(sampling, target_logits),
+            *as_tensors(sampling, target_logits),
             rule,
             typical_epsilon,
             typical_delta,
@@ -221,27 +221,15 @@ def sample(
         As `speculative_accept`.
     """
     logits = _check_logits("logits", logits, 2, "(B, V)")
-    sampling = _check_sampling(logits, temperature, top_k, top_p, min_p, seed, position)
-    if not isinstance(index, int) or not 0 <= index < 2**32:
-        raise ValueError(f"index: expected an integer in [0, 2^32), got {index!r}")
+    sampling = check_sampling(logits, temperature, top_k, top_p, min_p, seed, position)
+    if not 0 <= check_index("index", index) < 2**32:
+        raise ValueError(f"index: expected an integer in [0, 2^32), got {index}")
     if torch.compiler.is_compiling():
-        result: Tensor = torch.ops.mtp_fast.sample(logits, *_as_tensors(sampling, logits), index)
+        result: Tensor = torch.ops.mtp_fast.sample(
+            logits.detach(), *as_tensors(sampling, logits), index
+        )
         return result
     return _sample(logits, sampling, index)
-
-
-_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
-
-# The sampling arguments after their check: each a number, or a contiguous (B,) tensor of float32
-# or int64.
-_Sampling = tuple[
-    float | Tensor,
-    int | Tensor,
-    float | Tensor,
-    float | Tensor,
-    int | Tensor,
-    int | Tensor,
-]
 
 
 def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
@@ -259,98 +247,12 @@ def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _check_per_sequence(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (B,) tensor `value` as contiguous `dtype`; its values are checked beside the kernel."""
-    _common.check_tensor(name, value)
-    if dtype.is_floating_point != value.dtype.is_floating_point or value.dtype == torch.bool:
-        kind = "a floating dtype" if dtype.is_floating_point else "an integer dtype"
-        raise TypeError(f"{name}: expected {kind}, got {value.dtype}")
-    _common.check_shape(name, value, logits.shape[:1], "(B,)")
-    _common.check_device(name, value, "the logits", logits)
-    return value.to(dtype).contiguous()
-
-
-def _check_real(name: str, value: float | Tensor, logits: Tensor) -> float | Tensor:
-    if isinstance(value, Tensor):
-        return _check_per_sequence(name, value, logits, torch.float32)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number or a (B,) tensor, got {type(value).__name__}")
-    valid = (
-        0.0 <= value < math.inf
-        if name == "temperature"
-        else 0.0 < value <= 1.0
-        if name == "top_p"
-        else 0.0 <= value < 1.0
-    )
-    if not valid:
-        raise ValueError(f"{name}: expected {_EXPECTED[name]}, got {value}")
-    return float(value)
-
-
-def _check_integer(name: str, value: int | Tensor, logits: Tensor) -> int | Tensor:
-    if isinstance(value, Tensor):
-        return _check_per_sequence(name, value, logits, torch.int64)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer or a (B,) tensor, got {type(value).__name__}")
-    if not (0 if name == "top_k" else -(2**63)) <= value < 2**63:
-        raise ValueError(f"{name}: expected {_EXPECTED[name]}, got {value}")
-    return value
-
-
-def _check_sampling(
-    logits: Tensor,
-    temperature: float | Tensor,
-    top_k: int | Tensor | None,
-    top_p: float | Tensor | None,
-    min_p: float | Tensor | None,
-    seed: int | Tensor,
-    position: int | Tensor | None,
-) -> _Sampling:
-    return (
-        _check_real("temperature", temperature, logits),
-        0 if top_k is None else _check_integer("top_k", top_k, logits),
-        1.0 if top_p is None else _check_real("top_p", top_p, logits),
-        0.0 if min_p is None else _check_real("min_p", min_p, logits),
-        _check_integer("seed", seed, logits),
-        0 if position is None else _check_integer("position", position, logits),
-    )
-
-
-def _addresses(sampling: _Sampling) -> list[float]:
-    """The kernel's view of the sampling arguments: (address or 0, number) pairs, flat."""
-    flat: list[float] = []
-    for value in sampling:
-        if isinstance(value, Tensor):
-            flat += (value.data_ptr(), 0)
-        else:
-            flat += (0, value)
-    return flat
-
-
-def _as_tensors(sampling: _Sampling, logits: Tensor) -> list[Tensor]:
-    """The sampling arguments as (B,) tensors, which is how the registered ops take them."""
-    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
-    return [
-        value
-        if isinstance(value, Tensor)
-        else torch.full(logits.shape[:1], value, dtype=dtype, device=logits.device)
-        for value, dtype in zip(sampling, dtypes, strict=True)
-    ]
-
-
-def _raise_fault(fault: tuple[str, int], values: dict[str, Tensor | float | None]) -> None:
-    name, row = fault
-    value = values[name]
-    got = value[row].item() if isinstance(value, Tensor) else value
-    raise ValueError(f"{name}[{row}]: expected {_EXPECTED[name]}, got {got}")
-
-
 def _accept(
     target_logits: Tensor,
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     num_draft: Tensor | None,
-    sampling: _Sampling,
+    sampling: Sampling,
     rule: str,
     typical_epsilon: float,
     typical_delta: float,
@@ -379,7 +281,7 @@ def _accept(
         *draft,
         draft_tokens.data_ptr(),
         0 if num_draft is None else num_draft.data_ptr(),
-        *_addresses(sampling),
+        *addresses(sampling),
         _RULES[rule],
         typical_epsilon,
         typical_delta,
@@ -391,13 +293,11 @@ def _accept(
         0 if logprobs is None else logprobs.data_ptr(),
     )
     if fault[0]:
-        _raise_fault(
-            fault, {"num_draft": num_draft, **dict(zip(_SAMPLING_NAMES, sampling, strict=True))}
-        )
+        raise_fault(fault, (*SAMPLING_NAMES, "num_draft"), (*sampling, num_draft))
     return AcceptResult(tokens, num_tokens, num_accepted, logprobs)
 
 
-def _sample(logits: Tensor, sampling: _Sampling, index: int) -> Tensor:
+def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
     batch, vocab = logits.shape
     tokens = torch.empty(batch, dtype=torch.int64)
     fault = _C.sample(
@@ -407,12 +307,12 @@ def _sample(logits: Tensor, sampling: _Sampling, index: int) -> Tensor:
         vocab,
         logits.data_ptr(),
         logits.stride(0),
-        *_addresses(sampling),
+        *addresses(sampling),
         index,
         tokens.data_ptr(),
     )
     if fault[0]:
-        _raise_fault(fault, dict(zip(_SAMPLING_NAMES, sampling, strict=True)))
+        raise_fault(fault, SAMPLING_NAMES, sampling)
     return tokens
 
 
@@ -442,7 +342,7 @@ def _accept_op(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     names = (
-        *_SAMPLING_NAMES,
+        *SAMPLING_NAMES,
         *("rule", "typical_epsilon", "typical_delta"),
         *("eos_token_id", "pad_token_id", "return_logprobs"),
     )
@@ -471,7 +371,7 @@ def _accept_fake(target_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.impl("mtp_fast::sample", "CPU")
 def _sample_op(logits: Tensor, *rest: Any) -> Tensor:
-    return sample(logits, **dict(zip((*_SAMPLING_NAMES, "index"), rest, strict=True)))
+    return sample(logits, **dict(zip((*SAMPLING_NAMES, "index"), rest, strict=True)))
 
 
 @torch.library.register_fake("mtp_fast::sample")

@@ -122,13 +122,14 @@ class _Sampling(NamedTuple):
     def of(batch: int, device: torch.device, *values: float | Tensor | None) -> "_Sampling":
         columns = []
         for value, default in zip(values, (0.0, 0, 1.0, 0.0, 0, 0), strict=True):
-            column = torch.as_tensor(default if value is None else value, device=device)
-            column = column.double() if isinstance(default, float) else column.long()
+            dtype = torch.float64 if isinstance(default, float) else torch.int64
+            value = default if value is None else value
+            column = torch.as_tensor(value, dtype=dtype, device=device)
             columns.append(column.expand(batch).unsqueeze(-1))
         return _Sampling(*columns)
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities of logits (B, rows, V); greedy sequences: temperature 1, unfiltered."""
+        """Probabilities of logits (B, rows, V); greedy sequences: at temperature 1, unfiltered."""
         greedy = self.temperature == 0
         return filtered_probabilities(
             logits,
