@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,10 @@
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
 
+#if MTP_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
 namespace py = pybind11;
 
 namespace mtp {
@@ -27,12 +32,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void cross_entropy(int threads, int dtype, uintptr_t logits, int64_t ld, uintptr_t grad,
-                   int64_t grad_ld, int64_t rows, int64_t vocab, uintptr_t target,
-                   uintptr_t row_weight, uintptr_t class_weight, uintptr_t grad_output,
-                   uintptr_t workspace, uintptr_t loss, uintptr_t lse, uintptr_t correct,
-                   int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-                   float class_weight_sum) {
+CrossEntropyParams cross_entropy_params(int dtype, uintptr_t logits, int64_t ld, uintptr_t grad,
+                                        int64_t grad_ld, int64_t rows, int64_t vocab,
+                                        uintptr_t target, uintptr_t row_weight,
+                                        uintptr_t class_weight, uintptr_t grad_output,
+                                        uintptr_t workspace, uintptr_t loss, uintptr_t lse,
+                                        uintptr_t correct, int64_t ignore_index,
+                                        float label_smoothing, float z_loss, float softcap,
+                                        float class_weight_sum) {
   CrossEntropyParams p{};
   p.logits = pointer<const void>(logits);
   p.grad = pointer<void>(grad);
@@ -54,8 +61,30 @@ void cross_entropy(int threads, int dtype, uintptr_t logits, int64_t ld, uintptr
   p.softcap = softcap;
   p.class_weight_sum = class_weight_sum;
   p.dtype = static_cast<DType>(dtype);
-  cross_entropy_cpu(p, threads);
+  return p;
 }
+
+// An op's entry points: the number of threads, or the device and the stream, and then what `make`
+// turns into the parameters of its kernel.
+template <class Params, class... Args>
+auto cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
+  return [=](int threads, Args... args) { kernel(make(args...), threads); };
+}
+
+#if MTP_WITH_CUDA
+void raise_if(Status status) {
+  if (!status.ok()) throw std::runtime_error(std::string("CUDA: ") + status.error);
+}
+
+template <class Params, class... Args>
+auto cuda_entry(Status (*kernel)(const Params&, void*), Params (*make)(Args...)) {
+  return [=](int device, uintptr_t stream, Args... args) {
+    const DeviceGuard guard(device);
+    raise_if(guard.status());
+    raise_if(kernel(make(args...), pointer<void>(stream)));
+  };
+}
+#endif
 
 void scaled_add(int threads, int x_dtype, uintptr_t x, int y_dtype, uintptr_t y, int64_t n,
                 float alpha, bool accumulate) {
@@ -161,6 +190,9 @@ py::dict build_info() {
   info["pybind11"] = MTP_PYBIND11_VERSION;
   info["cuda"] = MTP_CUDA_VERSION;
   info["cuda_architectures"] = MTP_CUDA_ARCHS;
+#if MTP_WITH_CUDA
+  info["cuda_driver"] = driver_version();
+#endif
   std::vector<std::string> levels;
   for (int level = 0; level <= static_cast<int>(best_simd_level()); ++level) {
     levels.push_back(name_of(static_cast<SimdLevel>(level)));
@@ -177,7 +209,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace mtp;
   using without_gil = py::call_guard<py::gil_scoped_release>;
-  m.def("cross_entropy", &mtp::cross_entropy, without_gil());
+  m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("speculative_accept", &mtp::speculative_accept, without_gil());
@@ -185,6 +217,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox4x32_10", &philox);
   m.def("uniform_of", &uniform_of);
   m.def("simd_function", &simd_function);
+#if MTP_WITH_CUDA
+  m.def("cross_entropy_cuda", cuda_entry(cross_entropy_cuda, cross_entropy_params), without_gil());
+#endif
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

@@ -22,3 +22,12 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_simd_level(request.param)
     yield SIMD_LEVELS[request.param]
     _C.set_simd_level(len(SIMD_LEVELS) - 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

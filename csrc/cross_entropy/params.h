@@ -6,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/simd_level.h"
+#include "common/status.h"
 
 namespace mtp {
 
@@ -24,7 +25,7 @@ struct CrossEntropyParams {
   int64_t ignore_index;
   float label_smoothing, z_loss;
   float softcap;           // 0: off
-  float class_weight_sum;  // vocab without class weights
+  float class_weight_sum;  // CPU only; vocab without class weights
   DType dtype;
 };
 
@@ -36,6 +37,9 @@ void cross_entropy_rows(const CrossEntropyParams& params, int threads);
 inline void cross_entropy_cpu(const CrossEntropyParams& params, int threads) {
   with_simd_level([&](auto level) { cross_entropy_rows<level.value>(params, threads); });
 }
+
+// On the current device, queued on `stream` (a cudaStream_t). Defined in cuda.cu.
+Status cross_entropy_cuda(const CrossEntropyParams& params, void* stream);
 
 // y = x * alpha, or y + x * alpha: the float32 accumulator of d(weight) and the final scaling of
 // the gradients, which torch does slowly across dtypes.

@@ -1,0 +1,92 @@
+"""The kernel tests notice faults: each of these single-token changes must make one of them fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import emulator
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64"),
+]
+
+
+class Mutation(NamedTuple):
+    file: str
+    correct: str
+    planted: str
+
+
+CROSS_ENTROPY = "cross_entropy/cuda.cu"
+REDUCE = "cuda/reduce.cuh"
+ARCH = "cuda/arch.cuh"
+MUTATIONS = [
+    # Where a slice is.
+    Mutation(CROSS_ENTROPY, "head = misaligned == 0 ? 0 : kPack<T>", "head = misaligned == 0 ? 0 : 1"),
+    Mutation(CROSS_ENTROPY, "(vocab - head) / kPack<T>", "vocab / kPack<T>"),
+    Mutation(CROSS_ENTROPY, "(vectors + cluster.size - 1)", "(vectors + cluster.size - 2)"),
+    Mutation(CROSS_ENTROPY, "begin = cluster.rank * share", "begin = cluster.rank + share"),
+    Mutation(CROSS_ENTROPY, "count > keep ? count - keep : 0", "count > keep ? keep : 0"),
+    Mutation(CROSS_ENTROPY, "cluster.rank == 0 && thread < head", "cluster.rank == 0 && thread <= head"),
+    Mutation(CROSS_ENTROPY, "const int in_tail = thread - head", "const int in_tail = thread"),
+    Mutation(CROSS_ENTROPY, "in_tail < vocab - tail_begin", "in_tail < vocab - tail_begin - 1"),
+    Mutation(CROSS_ENTROPY, "head + (begin + i) * kPack<T>", "head + i * kPack<T>"),
+    # Loops over it.
+    Mutation(CROSS_ENTROPY, "first += kBatch * stride", "first += stride"),
+    Mutation(CROSS_ENTROPY, "if (i < count) f(", "if (i <= count) f("),
+    Mutation(CROSS_ENTROPY, "kept[i] = vector", "kept[0] = vector"),
+    Mutation(CROSS_ENTROPY, "write(slice.streamed + i, kept[i])", "write(i, kept[i])"),
+    # Reductions.
+    Mutation(CROSS_ENTROPY, "a.argmax < b.argmax ?", "a.argmax > b.argmax ?"),
+    Mutation(CROSS_ENTROPY, "b.sum * fast_exp(b.max - max)", "b.sum * fast_exp(a.max - max)"),
+    Mutation(CROSS_ENTROPY, "if (top > partial.max)", "if (top >= partial.max)"),
+    Mutation(CROSS_ENTROPY, "for (int j = N - 1; j >= 0; --j)", "for (int j = N - 1; j > 0; --j)"),
+    Mutation(REDUCE, "distance = kWarp / 2", "distance = kWarp / 4"),
+    Mutation(REDUCE, "lane < warps ?", "lane < warps - 1 ?"),
+    Mutation(REDUCE, "&scratch.of_block[cluster.rank]", "&scratch.of_block[0]"),
+    Mutation(REDUCE, "block < cluster.size; ++block", "block < cluster.size - 1; ++block"),
+    # Formulas and storage.
+    Mutation(CROSS_ENTROPY, "c.on_probability / stats.sum", "c.on_probability * stats.sum"),
+    Mutation(CROSS_ENTROPY, "static_cast<unsigned>(target - first)", "static_cast<unsigned>(target)"),
+    Mutation(CROSS_ENTROPY, "constant = -c.on_class", "constant = c.on_class"),
+    Mutation(CROSS_ENTROPY, "const bool aligned = same_alignment<T>(grad", "const bool aligned = true || same_alignment<T>(grad"),
+    Mutation(ARCH, "low = to_float(Half{static_cast<uint16_t>(word)})", "low = to_float(Half{static_cast<uint16_t>(word >> 16)})"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    """A copy of csrc/ that the mutants share, so that each build compiles what it changed."""
+    copy = emulator.ROOT / "build" / "emulator" / "mutated-csrc"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(emulator.ROOT / "csrc", copy)
+    emulator.build("mutated", csrc=copy)
+    return copy
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.planted)
+def test_planted_fault_is_noticed(sources, mutation):
+    path = sources / mutation.file
+    original = path.read_text()
+    assert original.count(mutation.correct) == 1, "the list does not fit the sources any more"
+    path.write_text(original.replace(mutation.correct, mutation.planted))
+    try:
+        library = emulator.build("mutated", csrc=sources)
+    finally:
+        path.write_text(original)
+    # In a process of its own: a mutant may write anywhere, or never end.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "not cuda", "-k", "emulated or too_long", "tests/test_cuda_cross_entropy.py"]
+    environment = {**os.environ, "MTP_EMULATOR_LIBRARY": str(library)}
+    try:
+        done = subprocess.run(
+            command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return
+    assert done.returncode not in (0, 2, 3, 4, 5), done.stdout[-2000:]
