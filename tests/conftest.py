@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import emulator
 import mtp_fast
 from mtp_fast import _C
 
@@ -22,6 +23,20 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_simd_level(request.param)
     yield SIMD_LEVELS[request.param]
     _C.set_simd_level(len(SIMD_LEVELS) - 1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulated",
+        action="store_true",
+        help="run the ops through the CUDA kernels, on the CPU (tests/emulator)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--emulated"):
+        emulator.load().install(monkeypatch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

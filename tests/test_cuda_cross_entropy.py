@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import emulator
 import pytest
 import torch
 from torch import Tensor
 
+import emulator
 import mtp_fast._C
 from mtp_fast.ops import reference
 from mtp_fast.ops._common import DTYPE_CODES
@@ -415,7 +415,7 @@ def test_device_guard(em):
 def test_cuda_build_without_a_driver():
     """The build works on the CPU, and a launch says what is missing."""
     assert mtp_fast._C.build_info()["cuda_driver"] == 0
-    with pytest.raises(RuntimeError, match="CUDA: .*driver"):
+    with pytest.raises(RuntimeError, match=r"CUDA: .*driver"):
         call(mtp_fast._C.cross_entropy_cuda, 0, 0, inputs=Inputs(CASES[0]))
     loss = mtp_fast.cross_entropy(torch.zeros(1, 4), torch.tensor([1]))
     assert float(loss) == pytest.approx(1.3862944)

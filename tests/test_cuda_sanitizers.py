@@ -3,8 +3,9 @@
 import subprocess
 import sys
 
-import emulator
 import pytest
+
+import emulator
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,8 +3,9 @@
 import math
 import re
 
-import emulator
 import pytest
+
+import emulator
 
 pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64")
 

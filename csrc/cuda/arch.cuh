@@ -1,7 +1,7 @@
 // What the kernels need of the machine beyond plain C++. The PTX of the project is here and nowhere
 // else, each instruction beside a portable body, which is also what the emulator in tests/ runs.
-// Kernels reach the arrays that cost time through load() and store(), so that the bytes they move can
-// be counted; single values that all threads share are read as they are.
+// Kernels reach the arrays that cost time through load() and store(), so that the bytes they move
+// can be counted; single values that all threads share are read as they are.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,14 +1,41 @@
 """What every op needs before it calls its kernel: checks of arguments and the kernels' codes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mtp_fast import _C
 
 # csrc/common/dtype.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 INTEGER_DTYPES = (torch.int64, torch.int32)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether ops on `tensor` run the CUDA kernels, and must not wait for their results."""
+    return tensor.is_cuda
+
+
+def call_kernel(name: str, like: Tensor, *arguments: Any) -> Any:
+    """Call a kernel of `_C` where `like` is: on torch's threads or on its current CUDA stream.
+
+    Raises
+    ------
+    RuntimeError
+        The build has no CUDA kernels, or CUDA refused the launch.
+    """
+    if not like.is_cuda:
+        return getattr(_C, name)(torch.get_num_threads(), *arguments)
+    kernel = getattr(_C, f"{name}_cuda", None)
+    if kernel is None:
+        raise RuntimeError(
+            f"mtp_fast.{name}: got a tensor on {like.device}, but this build is for the CPU only; "
+            "install mtp_fast where nvcc is found (MTP_FAST_CUDA=1 insists on it)"
+        )
+    return kernel(like.get_device(), torch.cuda.current_stream(like.device).cuda_stream, *arguments)
 
 
 def check_tensor(name: str, value: object) -> Tensor:

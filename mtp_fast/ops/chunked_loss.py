@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_fast import _C
+from mtp_fast.ops import _common
 from mtp_fast.ops._common import DTYPE_CODES
 from mtp_fast.ops._loss_arguments import RowTerms
 from mtp_fast.ops.cross_entropy import (
@@ -175,7 +176,7 @@ class _Gradients:
         # The first product overwrites `linear`; it is zeroed only if none comes.
         self.started = False
         self.product = self.linear[:0]
-        if of_weight and a.compute_dtype != torch.float32:
+        if of_weight and a.compute_dtype != torch.float32 and not a.weight.is_cuda:
             classes = min(max(PRODUCT_BYTES // (max(dim, 1) * self.weight.itemsize), 1), vocab)
             self.product = new_buffer(a.weight, (classes, dim), a.compute_dtype)
 
@@ -196,6 +197,8 @@ class _Gradients:
     def _add_linear(self, x: Tensor, d_logits: Tensor) -> None:
         if d_logits.dtype == torch.float32:
             self.linear.addmm_(d_logits.t(), x, beta=1.0 if self.started else 0.0)
+        elif d_logits.is_cuda:
+            add_to_float32(self.linear, d_logits.t(), x, accumulate=self.started)
         else:
             for start in range(0, len(self.linear), len(self.product)):
                 sums = self.linear[start : start + len(self.product)]
@@ -232,6 +235,10 @@ def sweep(
     workspace = row_workspace(buffer)
     for chunk in _chunks(a, counts, size):
         x = _gather(chunk, heads).to(a.compute_dtype)
+        target = torch.cat([piece.target for piece in chunk])
+        if _common.on_cuda(x) and needs_grad[1]:
+            # Ignored rows are among these; their gradient is 0, but 0 * NaN is NaN.
+            x = x.masked_fill((target == a.ignore_index)[:, None], 0.0)
         logits = buffer[: len(x)]
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
@@ -241,7 +248,7 @@ def sweep(
         results = allocate_rows(logits)
         run_rows(
             logits,
-            torch.cat([piece.target for piece in chunk]),
+            target,
             a.terms,
             row_weight=torch.cat(row_weights) if row_weights else None,
             class_weight=a.class_weight,
@@ -256,6 +263,14 @@ def sweep(
                 _scatter(chunk, values, out)
         gradients.add(chunk, x, logits)
     return gradients.finish(a)
+
+
+def add_to_float32(sums: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """sums = a @ b, or sums + a @ b, of 16-bit CUDA matrices: one GEMM with float32 results."""
+    if accumulate:
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=sums)
 
 
 def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
@@ -274,6 +289,8 @@ def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor (0-d) in `dtype`, multiplied in float32."""
+    if gradient.is_cuda:  # one dimension, since a 0-d factor would be rounded to 16 bits first
+        return torch.mul(gradient, factor.reshape(1)).to(dtype)
     out = new_buffer(gradient, gradient.shape, dtype)
     scaled_add(gradient, out, float(factor), accumulate=False)
     return out

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from mtp_fast import _C
+from mtp_fast.ops import _common
 from mtp_fast.ops._common import DTYPE_CODES, check_float_dtype, check_tensor
 from mtp_fast.ops._loss_arguments import (
     Reduction,
@@ -161,10 +161,11 @@ def run_rows(
     workspace: Tensor | None = None,  # from row_workspace, where grad is given
     results: tuple[Tensor, Tensor, Tensor] | None = None,  # from allocate_rows
 ) -> None:
-    """Call the kernel on the CPU (csrc/cross_entropy/params.h)."""
+    """Call the kernel (csrc/cross_entropy/params.h)."""
     loss, lse, correct = (None, None, None) if results is None else results
-    _C.cross_entropy(
-        torch.get_num_threads(),
+    _common.call_kernel(
+        "cross_entropy",
+        logits,
         DTYPE_CODES[logits.dtype],
         logits.data_ptr(),
         logits.stride(0),
@@ -196,7 +197,7 @@ def allocate_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def row_workspace(logits: Tensor) -> Tensor | None:
     """What the gradient pass of the kernel needs beside 16-bit logits."""
-    if logits.dtype == torch.float32:
+    if logits.dtype == torch.float32 or _common.on_cuda(logits):
         return None
     return torch.empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
 
@@ -206,8 +207,13 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def sum_of_class_weights(class_weight: Tensor | None, vocab: int) -> float:
-    """What label smoothing spreads over; the number of classes without weights."""
-    return float(vocab) if class_weight is None else float(class_weight.sum(dtype=torch.float64))
+    """What label smoothing spreads over; the number of classes without weights.
+
+    The CUDA kernel finds out for itself: reading the sum here would wait for the device.
+    """
+    if class_weight is None or _common.on_cuda(class_weight):
+        return float(vocab)
+    return float(class_weight.sum(dtype=torch.float64))
 
 
 # Registration. The loss comes per row; reductions are torch's own, so a backward pass arrives as
@@ -233,7 +239,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mtp_fast::cross_entropy", "CPU")
+@torch.library.impl("mtp_fast::cross_entropy", ("CPU", "CUDA"))
 def _forward(
     logits: Tensor,
     target: Tensor,
@@ -246,7 +252,8 @@ def _forward(
     inplace_backward: bool,
     check_targets: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_target_range("target", target, ignore_index, logits.shape[1])
+    if check_targets or not _common.on_cuda(logits):
+        check_target_range("target", target, ignore_index, logits.shape[1])
     results = allocate_rows(logits)
     run_rows(
         _contiguous_rows(logits),
@@ -283,14 +290,14 @@ def _run_backward(
     return grad
 
 
-@torch.library.impl("mtp_fast::cross_entropy_backward", "CPU")
+@torch.library.impl("mtp_fast::cross_entropy_backward", ("CPU", "CUDA"))
 def _backward(grad_loss: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     logits = _contiguous_rows(logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return _run_backward(grad, grad_loss, logits, *arguments)
 
 
-@torch.library.impl("mtp_fast::cross_entropy_backward_", "CPU")
+@torch.library.impl("mtp_fast::cross_entropy_backward_", ("CPU", "CUDA"))
 def _backward_(grad_loss: Tensor, logits: Tensor, *arguments: Any) -> None:
     rows = _contiguous_rows(logits)
     _run_backward(rows, grad_loss, rows, *arguments)

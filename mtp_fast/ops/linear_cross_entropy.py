@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from mtp_fast.ops import _common
 from mtp_fast.ops._common import (
     DTYPE_CODES,
     check_device,
@@ -34,8 +35,11 @@ from mtp_fast.ops._loss_arguments import (
 from mtp_fast.ops.chunked_loss import Arguments, scaled, sweep
 from mtp_fast.ops.cross_entropy import CrossEntropyStats, refuse_double_backward
 
-# The default budget for the logits of a chunk, in bytes.
+# The default budget for the logits of a chunk, in bytes. On CUDA a 64th of the device's memory,
+# within these bounds: little beside a model, and on an 80 GB device still thousands of rows of 128K
+# 16-bit logits, which keep the products large.
 CPU_CHUNK_BYTES = 256 << 20
+MAX_CUDA_CHUNK_BYTES = 2 << 30
 
 
 @overload
@@ -112,8 +116,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
     softcap : float, optional
         c > 0: the logits become c * tanh(logits / c).
     chunk_bytes : int, optional
-        Budget for the buffer of logits, in bytes; the default is 256 MiB on the CPU. At least one
-        row is made at a time.
+        Budget for the buffer of logits, in bytes; the default is 256 MiB on the CPU, and on CUDA a
+        64th of the device's memory (256 MiB to 2 GiB). At least one row is made at a time.
     check_targets : bool
         Raise for targets out of range on CUDA too, which synchronises.
     return_stats : bool
@@ -162,7 +166,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
         reduction=reduction,
         terms=terms,
         compute_dtype=compute_dtype,
-        chunk_bytes=check_chunk_bytes(chunk_bytes),
+        chunk_bytes=check_chunk_bytes(chunk_bytes, input.device),
         check_targets=check_targets,
         want_stats=return_stats,
     )
@@ -200,10 +204,13 @@ def check_linear(
     return torch.get_autocast_dtype(device_type) if autocast else input.dtype
 
 
-def check_chunk_bytes(chunk_bytes: int | None) -> int:
+def check_chunk_bytes(chunk_bytes: int | None, device: torch.device) -> int:
     """Check the budget and fill in the default."""
     if chunk_bytes is None:
-        return CPU_CHUNK_BYTES
+        if device.type != "cuda":
+            return CPU_CHUNK_BYTES
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return min(max(memory // 64, CPU_CHUNK_BYTES), MAX_CUDA_CHUNK_BYTES)
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise TypeError(f"chunk_bytes: expected an int or None, got {chunk_bytes!r}")
     if chunk_bytes <= 0:
@@ -305,19 +312,20 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mtp_fast::linear_cross_entropy", "CPU")
+@torch.library.impl("mtp_fast::linear_cross_entropy", ("CPU", "CUDA"))
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _, want_stats, needs_grad = arguments
+    *inputs, check_targets, want_stats, needs_grad = arguments
     a = Arguments(*inputs)
     name = "labels" if a.shift else "target"
-    check_target_range(name, a.labels[:, a.shift :], a.ignore_index, a.weight.shape[0])
+    if check_targets or not _common.on_cuda(a.weight):
+        check_target_range(name, a.labels[:, a.shift :], a.ignore_index, a.weight.shape[0])
     num_valid, denominators = [], []
     for head in range(a.n):
         target = a.targets(head)
         valid = target != a.ignore_index
         num_valid.append(valid.sum())
         denominators.append(mean_denominator(target, valid, a.row_weights(head), a.class_weight))
-    counts = [int(count) for count in num_valid]
+    counts = _counts(a, num_valid)
 
     rows = a.weight.new_zeros((a.n, a.labels.numel()), dtype=torch.float32)
     loss = rows
@@ -331,7 +339,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         gradients = sweep(a, counts, [False] * 3, None, outputs)
         head_loss, scale = rows.new_empty(0), rows.new_ones(())
     else:
-        to_head_loss = torch.ones(a.n)
+        to_head_loss = rows.new_ones(a.n)
         if a.reduction == "mean":
             to_head_loss = reciprocal(
                 torch.stack(denominators) if a.num_items is None else a.num_items
@@ -345,17 +353,27 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return loss, head_loss, torch.stack(num_valid), lse, correct, *gradients, scale
 
 
+def _counts(a: Arguments, num_valid: list[Tensor]) -> list[int]:
+    """How many rows of each head to sweep over.
+
+    On the CPU those that are not ignored. On CUDA all of them: counting would wait for the device.
+    """
+    if _common.on_cuda(a.weight):
+        return [a.labels.numel()] * a.n
+    return [int(count) for count in num_valid]
+
+
 def _factor_out(row_grad: Tensor) -> tuple[Tensor, Tensor]:
     """Split upstream gradients into one factor and the rest, of order 1."""
     scale = row_grad.abs().amax() if row_grad.numel() else row_grad.new_zeros(())
     return scale, row_grad * reciprocal(scale)
 
 
-@torch.library.impl("mtp_fast::linear_cross_entropy_backward", "CPU")
+@torch.library.impl("mtp_fast::linear_cross_entropy_backward", ("CPU", "CUDA"))
 def _backward_of_none(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, needs_grad = arguments
     a = Arguments(*inputs)
-    counts = [int((a.targets(head) != a.ignore_index).sum()) for head in range(a.n)]
+    counts = _counts(a, [(a.targets(head) != a.ignore_index).sum() for head in range(a.n)])
     scale, row_grad = _factor_out(grad_loss)
     d_hidden, d_weight, d_bias = sweep(a, counts, needs_grad, row_grad)
     return (
@@ -365,7 +383,7 @@ def _backward_of_none(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     )
 
 
-torch.library.impl("mtp_fast::scale_gradient", "CPU")(scaled)
+torch.library.impl("mtp_fast::scale_gradient", ("CPU", "CUDA"))(scaled)
 
 
 def _gradient_shapes(a: Arguments, needs_grad: list[bool]) -> list[tuple[int, ...]]:

@@ -146,7 +146,7 @@ def multi_token_cross_entropy(  # type: ignore[misc]  # overloads: every option 
         reduction=reduction,
         terms=check_terms(ignore_index, label_smoothing, z_loss, softcap),
         compute_dtype=compute_dtype,
-        chunk_bytes=check_chunk_bytes(chunk_bytes),
+        chunk_bytes=check_chunk_bytes(chunk_bytes, linear_weight.device),
         check_targets=check_targets,
         want_stats=return_stats,
     )

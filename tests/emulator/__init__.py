@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
@@ -71,6 +73,15 @@ class Emulator:
             ctypes.c_int,
         ]
         self._library.emulator_first_global.restype = ctypes.c_float
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the ops run on CPU tensors what they run on CUDA tensors."""
+
+        def call_kernel(name: str, like: object, *arguments: object) -> object:
+            return getattr(self.C, f"{name}_cuda")(0, 0, *arguments)
+
+        monkeypatch.setattr("mtp_fast.ops._common.call_kernel", call_kernel)
+        monkeypatch.setattr("mtp_fast.ops._common.on_cuda", lambda tensor: True)
 
     def set_device(self, capability: int) -> None:
         """Emulate an sm_80, sm_90, sm_100 or sm_120 device."""

@@ -245,8 +245,8 @@ unsigned arrive(Barrier& barrier, unsigned& phase, Place place) {
   }
   const Place first = barrier.places[mine];
   if (first.line != place.line || std::strcmp(first.file, place.file) != 0) {
-    fail(std::string("divergent ") + barrier.what + " barrier: one thread is at " +
-         name_of(place) + ", another at " + name_of(first));
+    fail(std::string("divergent ") + barrier.what + " barrier: one thread is at " + name_of(place) +
+         ", another at " + name_of(first));
   }
   if (++barrier.arrivals[mine] == barrier.total) {
     for (Fiber& fiber : running->fibers) {
@@ -481,8 +481,8 @@ void count_write(void* pointer, size_t bytes) {
 }
 
 int launch(const Launch& launch) {
-  if (launch.grid == 0 || launch.grid > INT32_MAX || launch.threads == 0 ||
-      launch.threads > 1024 || launch.threads % kWarp != 0) {
+  if (launch.grid == 0 || launch.grid > INT32_MAX || launch.threads == 0 || launch.threads > 1024 ||
+      launch.threads % kWarp != 0) {
     return refuse(cudaErrorInvalidConfiguration);
   }
   const auto limit = dynamic_limit.find(launch.kernel);
@@ -490,8 +490,8 @@ int launch(const Launch& launch) {
     return refuse(cudaErrorInvalidValue);
   }
   const unsigned cluster = launch.cluster;
-  if (cluster == 0 || cluster > 8 || (cluster & (cluster - 1)) != 0 ||
-      launch.grid % cluster != 0 || (cluster > 1 && !settings.device.clusters)) {
+  if (cluster == 0 || cluster > 8 || (cluster & (cluster - 1)) != 0 || launch.grid % cluster != 0 ||
+      (cluster > 1 && !settings.device.clusters)) {
     return refuse(cudaErrorInvalidClusterSize);
   }
   ++counters.launches;
@@ -504,7 +504,8 @@ int launch(const Launch& launch) {
   gridDim = dim3(launch.grid);
   std::mt19937 random(settings.seed);
   std::vector<unsigned> first_blocks(launch.grid / cluster);
-  for (size_t i = 0; i < first_blocks.size(); ++i) first_blocks[i] = static_cast<unsigned>(i) * cluster;
+  for (size_t i = 0; i < first_blocks.size(); ++i)
+    first_blocks[i] = static_cast<unsigned>(i) * cluster;
   if (settings.schedule == Schedule::reverse) {
     std::reverse(first_blocks.begin(), first_blocks.end());
   } else if (settings.schedule == Schedule::shuffled) {

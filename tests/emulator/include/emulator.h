@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, one thread of this process: each CUDA thread is a fiber that runs
-// until it waits for others. What a GPU leaves to chance is an order here (the lowest thread that can
-// run, the highest, or any), what it leaves undefined is an error with a place: barriers that not all threads
-// reach, shuffles without the full warp, shared memory of blocks that are not there, misaligned
-// vectors, launches that the device would refuse. Shared memory starts poisoned (0xff bytes: NaN).
+// until it waits for others. What a GPU leaves to chance is an order here (the lowest thread that
+// can run, the highest, or any), what it leaves undefined is an error with a place: barriers that
+// not all threads reach, shuffles without the full warp, shared memory of blocks that are not
+// there, misaligned vectors, launches that the device would refuse. Shared memory starts poisoned
+// (0xff bytes: NaN).
 //
 // It cannot see races between barriers, bank conflicts, spills, or how approximate instructions
 // round.
