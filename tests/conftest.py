@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the ops through the CUDA kernels, on the CPU (tests/emulator)",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +40,11 @@ def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         emulator.load().install(monkeypatch)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and what is slow unless it is asked for."""
+    wants_slow = config.getoption("--slow") or "slow" in config.option.markexpr
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and not wants_slow:
+            item.add_marker(pytest.mark.skip(reason="slow: asked for with --slow"))

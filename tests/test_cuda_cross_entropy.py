@@ -16,7 +16,7 @@ import mtp_fast._C
 from mtp_fast.ops import reference
 from mtp_fast.ops._common import DTYPE_CODES
 
-needs_emulator = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64")
+needs_emulator = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
 
 IGNORED = -100
 

@@ -13,7 +13,7 @@ import emulator
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64"),
+    pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64"),
 ]
 
 

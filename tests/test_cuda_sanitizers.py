@@ -9,7 +9,7 @@ import emulator
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64"),
+    pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64"),
 ]
 
 TESTS = ("tests/test_cuda_cross_entropy.py", "tests/test_emulator.py")

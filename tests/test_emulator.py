@@ -7,7 +7,7 @@ import pytest
 
 import emulator
 
-pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="the emulator needs x86-64")
+pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
 
 
 @pytest.fixture

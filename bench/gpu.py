@@ -1,0 +1,133 @@
+"""The losses on a GPU: against a measured copy and GEMM ceiling, eager PyTorch and the peers.
+
+The row kernel moves 2 s V bytes a row (one read and one write of V logits of s bytes); its ceiling
+is a device copy of as many bytes. The linear loss makes 6 N d V FLOPs; its ceiling is the three
+GEMMs alone. Writes JSON to the path in the first argument.
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import mtp_fast
+from mtp_fast.ops import reference
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:
+    """Median time of `run` on the device, after two runs that warm it up."""
+    times = []
+    for repeat in range(2 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if repeat >= 2:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def row_kernel(rows: int, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
+    target = torch.randint(vocab, (rows,), device="cuda")
+    upstream = torch.ones(rows, device="cuda")
+    options = (None, None, -100, 0.0, 0.0, 0.0)
+    copy = torch.empty_like(logits)
+    moved = 2 * logits.nbytes
+    runs = {
+        "copy": lambda: copy.copy_(logits),
+        "mtp_fast": lambda: torch.ops.mtp_fast.cross_entropy_backward_(
+            upstream, logits, target, *options
+        ),
+    }
+    results = []
+    for name, run in runs.items():
+        ms = milliseconds(run)
+        results.append(
+            {
+                "bench": f"row kernel {rows} x {vocab} {dtype}",
+                "name": name,
+                "ms": ms,
+                "GB/s": moved / ms / 1e6,
+            }
+        )
+    return results
+
+
+def linear_loss(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    x = torch.randn(rows, dim, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(vocab, dim, device="cuda") * 0.02).to(dtype).requires_grad_()
+    target = torch.randint(vocab, (rows,), device="cuda")
+    chunk = torch.empty(rows // 8, vocab, device="cuda", dtype=dtype)
+
+    def floor() -> None:
+        with torch.no_grad():
+            for part in x.split(rows // 8):
+                torch.mm(part, weight.t(), out=chunk)
+                torch.mm(chunk, weight)
+                torch.mm(chunk.t(), part)
+
+    def step(loss: Callable[..., torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = weight.grad = None
+            loss(x, weight, target).backward()
+
+        return run
+
+    runs = {
+        "three GEMMs alone": floor,
+        "eager": step(reference.linear_cross_entropy),
+        "torch.compile": step(torch.compile(reference.linear_cross_entropy)),
+        "mtp_fast": step(mtp_fast.linear_cross_entropy),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        runs["F.linear_cross_entropy"] = step(F.linear_cross_entropy)
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        runs["liger"] = step(lambda x, w, t: liger(w, x, t))
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        runs["cut-cross-entropy"] = step(linear_cross_entropy)
+    results = []
+    for name, run in runs.items():
+        entry: dict[str, Any] = {"bench": f"linear loss {rows} x {dim} x {vocab} {dtype}"}
+        entry["name"] = name
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            entry["ms"] = milliseconds(run, repeats=7)
+            entry["TFLOP/s"] = 6 * rows * dim * vocab / entry["ms"] / 1e9
+            entry["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        except Exception as error:  # a peer that fails must not end the bench
+            if name == "mtp_fast":
+                raise
+            entry["error"] = repr(error)[:200]
+        results.append(entry)
+    return results
+
+
+def main() -> None:
+    results = []
+    for vocab in (32_000, 50_257, 128_256):
+        results += row_kernel(8192, vocab, torch.bfloat16)
+    results += row_kernel(4096, 50_257, torch.float32)
+    results += linear_loss(8192, 4096, 128_256, torch.bfloat16)
+    for entry in results:
+        numbers = (f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float))
+        print(f"{entry['bench']:52} {entry['name']:24}", *numbers, entry.get("error", ""))
+    device = torch.cuda.get_device_name()
+    report = {"device": device, "torch": torch.__version__, "build": mtp_fast.build_info()}
+    with open(sys.argv[1], "w") as file:
+        json.dump({**report, "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
