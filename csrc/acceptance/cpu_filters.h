@@ -107,10 +107,13 @@ class Filters {
   void keep_until(float low, Measure measure, const F& target_of) {
     uint32_t low_key = order_key<T>(std::max(low, -kLargest<T>) + 0.0f);
     uint32_t high_key = order_key<T>(d_.max + 0.0f);
+    // Few logits, few bins: emptying and walking them would cost more than the logits do.
+    const auto max_bins =
+        static_cast<uint32_t>(std::clamp<int64_t>(d_.blocks.vocab, 64, Histogram::kBins));
     uint64_t above = 0, target = 0;
     for (bool first = true;; first = false) {
       int shift = 0;
-      while ((high_key - low_key) >> shift >= Histogram::kBins) ++shift;
+      while ((high_key - low_key) >> shift >= max_bins) ++shift;
       const int bins = static_cast<int>((high_key - low_key) >> shift) + 1;
       Histogram h;
       fill(h, bins, low_key, high_key, shift, measure);
@@ -139,7 +142,7 @@ class Filters {
         return;
       }
       high_key -= static_cast<uint32_t>(bin) << shift;
-      low_key = std::max(low_key, high_key - ((1u << shift) - 1));
+      low_key = high_key - std::min(high_key - low_key, (1u << shift) - 1);
     }
   }
 
