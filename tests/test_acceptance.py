@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mtp_fast
 from mtp_fast import _C
-from mtp_fast.ops import reference_acceptance as reference
+from mtp_fast.ops import reference
 from mtp_fast.ops.acceptance import AcceptResult, sample, speculative_accept
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mtp_fast.ops import acceptance, reference_acceptance
+from mtp_fast.ops import acceptance, reference
 from mtp_fast.ops.acceptance import AcceptResult
 
 SIGNIFICANCE = 1e-4
@@ -70,10 +70,10 @@ class Case:
         seeds = {"seed": torch.arange(runs), "position": 3, **sampling}
         defaults = {"temperature": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
         columns = [torch.tensor(v).double() for v in {**defaults, **sampling}.values()]
-        self.p = reference_acceptance.filtered_probabilities(self.target.double(), *columns)
+        self.p = reference.filtered_probabilities(self.target.double(), *columns)
         draft = self.draft.expand(runs, width, vocab)
         if stochastic:
-            self.q = reference_acceptance.filtered_probabilities(self.draft.double(), *columns)
+            self.q = reference.filtered_probabilities(self.draft.double(), *columns)
             drafts = [ops.sample(draft[:, i], index=i, **seeds) for i in range(width)]
             drafts = torch.stack(drafts, 1) if width else torch.empty((runs, 0), dtype=torch.long)
         else:
@@ -203,7 +203,7 @@ def test_large_vocabulary(rule: str, stochastic: bool, filters: dict) -> None:
 
 @pytest.mark.parametrize("rule", ["exact", "block"])
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("ops", [acceptance, reference_acceptance], ids=["kernel", "reference"])
+@pytest.mark.parametrize("ops", [acceptance, reference], ids=["kernel", "reference"])
 def test_joint_of_two_tokens(rule: str, stochastic: bool, ops: Any) -> None:
     case = Case(
         8, 3, 200_000, rule=rule, stochastic=stochastic, ragged=True, temperature=1.0, ops=ops
@@ -217,7 +217,7 @@ def test_joint_of_two_tokens(rule: str, stochastic: bool, ops: Any) -> None:
 
 
 def shared_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reference_acceptance, "SALT_ACCEPT", reference_acceptance.SALT_DRAFT)
+    patch.setattr(reference, "SALT_ACCEPT", reference.SALT_DRAFT)
 
 
 def unnormalised_residual(patch: pytest.MonkeyPatch) -> None:
@@ -225,28 +225,26 @@ def unnormalised_residual(patch: pytest.MonkeyPatch) -> None:
         token = (weight.cumsum(-1) <= u.unsqueeze(-1)).sum(-1)
         return token.clamp_max(weight.shape[-1] - 1)
 
-    patch.setattr(reference_acceptance, "inverse_cdf", inverse_cdf)
+    patch.setattr(reference, "inverse_cdf", inverse_cdf)
 
 
 def block_stopped_at_first_failure(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        reference_acceptance, "longest", lambda passed: reference_acceptance.leading(passed[:, 1:])
-    )
+    patch.setattr(reference, "longest", lambda passed: reference.leading(passed[:, 1:]))
 
 
 def bonus_from_last_row(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reference_acceptance, "bonus_row", lambda p, length: p[:, -1])
+    patch.setattr(reference, "bonus_row", lambda p, length: p[:, -1])
 
 
 def filter_on_target_only(patch: pytest.MonkeyPatch) -> None:
-    filtered = reference_acceptance.filtered_probabilities
+    filtered = reference.filtered_probabilities
 
     def probabilities(logits: Tensor, temperature: Tensor, *filters: Tensor) -> Tensor:
         if logits.dim() == 3 and logits.shape[1] == 3:  # the draft's K rows
             filters = (torch.tensor(0), torch.tensor(1.0), torch.tensor(0.0))
         return filtered(logits, temperature, *filters)
 
-    patch.setattr(reference_acceptance, "filtered_probabilities", probabilities)
+    patch.setattr(reference, "filtered_probabilities", probabilities)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def test_planted_fault_is_seen(
     fault(monkeypatch)
     case = Case(
         8, 3, 100_000, rule=rule, stochastic=True, ragged=True, temperature=1.0, top_k=4,
-        ops=reference_acceptance,
+        ops=reference,
     )  # fmt: skip
     monkeypatch.undo()
     assert min(case.completed_p_values()) < SIGNIFICANCE
@@ -327,14 +325,14 @@ def test_sequences_of_many_steps(rule: str) -> None:
 def test_draws_keyed_by_absolute_position_are_seen(
     keyed_by_absolute_position: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keyed = reference_acceptance.uniform
+    keyed = reference.uniform
     if keyed_by_absolute_position:
         monkeypatch.setattr(
-            reference_acceptance,
+            reference,
             "uniform",
             lambda seed, position, index, salt: keyed(
                 seed, position + index, torch.zeros_like(index), salt
             ),
         )
-    value = sequence_p_value(*decode(reference_acceptance, "block", 100_000, 6))
+    value = sequence_p_value(*decode(reference, "block", 100_000, 6))
     assert (value < SIGNIFICANCE) == keyed_by_absolute_position

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_fast.ops import reference_acceptance as reference
+from mtp_fast.ops import reference
 from mtp_fast.ops.acceptance import sample, speculative_accept
 
 B, K, V = 3, 2, 11
