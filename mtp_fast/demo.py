@@ -38,7 +38,7 @@ from mtp_fast.training import (
 MODEL = MTPConfig(
     vocab_size=BYTE_VOCAB_SIZE,
     dim=128,
-    n_layers=16,
+    n_layers=12,
     n_attention_heads=2,
     n_kv_heads=1,
     n_future_tokens=4,
