@@ -174,6 +174,7 @@ def test_ctrl_c_saves_what_resume_continues(text, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=tmp_path,  # outside the source tree, which has no compiled module
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
