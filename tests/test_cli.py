@@ -18,7 +18,8 @@ from mtp_fast import cli
 from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint, save_checkpoint
 from mtp_fast.training import read_metrics
 
-COMMAND = [sys.executable, "-m", "mtp_fast.cli"]
+# The installed command: unlike `python -m`, it never imports from the current directory.
+COMMAND = [str(Path(sys.executable).with_name("mtp-fast"))]
 SHAPE = "--heads 2 --layers 3 --dim 16 --attention-heads 2 --ffn-dim 16 --max-seq-len 64"
 LOOP = "--batch-size 2 --context 16 --eval-every 50"
 OPTIONS = f"{SHAPE} {LOOP}".split()
@@ -174,7 +175,6 @@ def test_ctrl_c_saves_what_resume_continues(text, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=tmp_path,  # outside the source tree, which has no compiled module
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
