@@ -6,6 +6,7 @@ semicolons between them); CMAKE_ARGS (passed on); MAX_JOBS (parallel compilation
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,12 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise RuntimeError("ninja is missing: pip install ninja")
         options = {
+            # Anew every time: an isolated build's own ninja is gone when the next build begins.
+            "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "Python_EXECUTABLE": sys.executable,
