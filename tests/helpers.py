@@ -22,12 +22,14 @@ def assert_as_good_as_eager(
     leaves: Sequence[Tensor],
     upstream: Tensor | None = None,
     granted: float = 1e-6,
+    terms: float = 0.0,
 ) -> None:
     """Our error against float64 is at most twice that of eager PyTorch in the leaves' dtype.
 
     The reference is run in float64 for the truth and in the leaves' own dtype for eager's error.
     Errors are root mean squares over a tensor (three times eager's for the largest single error);
-    one rounding of the largest value, at least `granted` times it, is allowed on top.
+    one rounding of the largest value, at least `granted` times it, is allowed on top. Where sums
+    may cancel, `terms` is the size of what is summed, to be taken for the largest value.
     """
     truth = gradients(reference, [leaf.double() for leaf in leaves], upstream)
     eager = gradients(reference, leaves, upstream)
@@ -38,7 +40,16 @@ def assert_as_good_as_eager(
         if not t.numel():
             continue
         error, eager_error = (g.double() - t).abs(), (e.double() - t).abs()
-        rounding = max(torch.finfo(g.dtype).eps / 2, granted) * t.abs().max().item() + 1e-7
+        largest = max(t.abs().max().item(), terms)
+        rounding = max(torch.finfo(g.dtype).eps / 2, granted) * largest + 1e-7
         rms, eager_rms = (x.square().mean().sqrt() for x in (error, eager_error))
         assert rms <= 2 * eager_rms + rounding, f"value {index}"
         assert error.max() <= 3 * eager_error.max() + rounding, f"value {index}"
+
+
+def small_problem_tolerance(leaves: Sequence[Tensor], upstream: Tensor) -> dict[str, float]:
+    """Tolerance for a few rows and classes, where eager may round to the truth by luck."""
+    terms = max([1.0, *[leaf.abs().max().item() for leaf in leaves if leaf.numel()]])
+    size = upstream.abs().max().item() if upstream.numel() else 0.0
+    eps = torch.finfo(leaves[0].dtype).eps
+    return {"granted": max(2 * eps, 1e-6), "terms": terms * size}
