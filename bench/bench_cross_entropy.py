@@ -154,7 +154,8 @@ def time_table(dtype: str, repeats: int) -> dict[str, float]:
 
 
 MEMORY = """
-import json, resource, sys, torch
+import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import bench_cross_entropy as bench
 name, dtype, rows = sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -163,7 +164,10 @@ loss = {"ours": bench.ours, **bench.peers()}[name] if name != "ours, 4 heads" el
 warm = bench.Problem((heads, 8, dim, 512), bench.DTYPES[dtype])
 warm.heads_step() if loss is None else warm.step(loss)
 problem = bench.Problem((heads, rows // heads, dim, vocab), bench.DTYPES[dtype])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # MiB
+    status = Path("/proc/self/status").read_text()
+    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) / 1024
+Path("/proc/self/clear_refs").write_text("5")  # resets it
 before = peak()
 problem.heads_step() if loss is None else problem.step(loss)
 gradients = (problem.weight.nbytes + problem.flat.nbytes) / bench.MIB

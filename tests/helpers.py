@@ -5,6 +5,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+# For scripts that measure memory: reset and read the peak of resident memory, in bytes.
+PEAK_MEMORY = """
+from pathlib import Path
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) * 1024
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+"""
+
 Loss = Callable[..., Tensor]
 
 

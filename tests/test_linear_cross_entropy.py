@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mtp_fast
-from helpers import assert_as_good_as_eager, gradients, small_problem_tolerance
+from helpers import PEAK_MEMORY, assert_as_good_as_eager, gradients, small_problem_tolerance
 from mtp_fast.ops import chunked_loss, reference
 from test_cross_entropy import DTYPES, OPTIONS, with_tensors
 
@@ -442,7 +442,7 @@ def test_int32_targets() -> None:
 
 
 MEMORY = """
-import resource, sys, torch, mtp_fast
+import sys, torch, mtp_fast
 rows, dim, vocab, chunk = 65536, 64, 4096, 32 << 20
 dtype = getattr(torch, sys.argv[1])
 x = torch.randn(rows, dim).to(dtype).requires_grad_()
@@ -450,8 +450,7 @@ weight = torch.randn(vocab, dim).to(dtype).requires_grad_()
 target = torch.randint(0, vocab, (rows,))
 warm = mtp_fast.linear_cross_entropy(x[:64], weight, target[:64], chunk_bytes=chunk)
 warm.backward(); x.grad = weight.grad = None; del warm
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+before = reset_peak()
 mtp_fast.linear_cross_entropy(x, weight, target, chunk_bytes=chunk).backward()
 print(peak() - before - x.grad.nbytes - weight.grad.nbytes - chunk - vocab * dim * 4)
 """
@@ -461,7 +460,7 @@ print(peak() - before - x.grad.nbytes - weight.grad.nbytes - chunk - vocab * dim
 def test_memory_bound(dtype: str, tmp_path: Path) -> None:
     """Above inputs and gradients: the chunk, float32 d(weight) and 64 MiB; eager takes 2 GiB."""
     extra = subprocess.run(
-        [sys.executable, "-c", MEMORY, dtype],
+        [sys.executable, "-c", PEAK_MEMORY + MEMORY, dtype],
         capture_output=True,
         text=True,
         check=True,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mtp_fast
-from helpers import assert_as_good_as_eager, gradients, small_problem_tolerance
+from helpers import PEAK_MEMORY, assert_as_good_as_eager, gradients, small_problem_tolerance
 from mtp_fast.ops import chunked_loss, reference
 from test_cross_entropy import DTYPES, OPTIONS, with_tensors
 
@@ -224,7 +224,7 @@ def test_chunks_span_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MEMORY = """
-import resource, torch, mtp_fast
+import torch, mtp_fast
 heads, rows, dim, vocab, chunk = 4, 4096, 512, 16384, 16 << 20
 hidden = torch.randn(heads, 1, rows, dim).requires_grad_()
 weight = (torch.randn(vocab, dim) * 0.02).requires_grad_()
@@ -232,8 +232,7 @@ labels = torch.randint(0, vocab, (1, rows))
 warm = mtp_fast.multi_token_cross_entropy(hidden[:, :, :64], weight, labels[:, :64],
                                           chunk_bytes=chunk)
 warm.backward(); hidden.grad = weight.grad = None; del warm
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+before = reset_peak()
 mtp_fast.multi_token_cross_entropy(hidden, weight, labels, chunk_bytes=chunk).backward()
 print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes - chunk - weight.nbytes)
 """
@@ -242,7 +241,7 @@ print(peak() - before - hidden.grad.nbytes - weight.grad.nbytes - chunk - weight
 def test_four_heads_need_one_weight_gradient(tmp_path: Path) -> None:
     """d(weight) is 32 MiB here: four of them would not fit the bound."""
     extra = subprocess.run(
-        [sys.executable, "-c", MEMORY],
+        [sys.executable, "-c", PEAK_MEMORY + MEMORY],
         capture_output=True,
         text=True,
         check=True,
