@@ -3,7 +3,7 @@
 // A thread takes one sequence at a time; where there are fewer sequences than threads, all threads
 // share the passes over each row instead. Rows are read as the rule asks for them: after a
 // rejection nothing more is read, save the one row that the next token comes from. No probabilities
-// are written: a row leaves its blocks' maxima and sums, on the stack. Nothing is allocated.
+// are written: a row leaves its tiles' maxima and sums, on the stack. Nothing is allocated.
 #include <algorithm>
 #include <cmath>
 
@@ -24,9 +24,11 @@ bool read_filtered(Distribution<T>& d, const T* row, const SamplingParams& sampl
   const double temperature = sampling.temperature[b];
   if (temperature == 0.0) return d.read(row, 1.0, false);
   // Top-k finds its few logits by their order; without it the sums of the whole row are needed.
-  const bool top_k = Filters<T>::needs_top_k(sampling.top_k[b], d.blocks.vocab);
-  if (!d.read(row, temperature, !top_k)) return false;
-  if (Filters<T>::any(sampling, b, d.blocks.vocab)) Filters<T>(d).apply(sampling, b);
+  if (!d.read(row, temperature, !needs_top_k(sampling, b, d.tiles.vocab))) return false;
+  if (needs_filters(sampling, b, d.tiles.vocab)) {
+    Histogram<T> histogram(d);
+    Filters(d, histogram).apply(sampling, b);
+  }
   return true;
 }
 
@@ -34,19 +36,19 @@ bool read_filtered(Distribution<T>& d, const T* row, const SamplingParams& sampl
 template <class T>
 int64_t sample_from(const Distribution<T>& d, double u) {
   return d.with_weight(
-      [&](const auto& weight) { return pick(d.blocks, d.scratch.sum, u, weight); });
+      [&](const auto& weight) { return pick(d.tiles, d.scratch.sum, u, weight); });
 }
 
 // The rows of one sequence, as Judge (math.h) walks them.
 template <class T>
 class Rows {
  public:
-  Rows(const AcceptParams& params, int64_t b, const Blocks& blocks)
+  Rows(const AcceptParams& params, int64_t b, const Tiles& tiles)
       : params_(params),
         b_(b),
-        blocks_(blocks),
-        target_(blocks, target_scratch_),
-        draft_(blocks, draft_scratch_) {}
+        tiles_(tiles),
+        target_(tiles, target_scratch_),
+        draft_(tiles, draft_scratch_) {}
 
   bool load(int64_t i) { return load(target_, params_.target, i); }
   bool load_draft(int64_t i) { return load(draft_, params_.draft, i); }
@@ -59,22 +61,22 @@ class Rows {
   double entropy() {
     const Vec top(target_.max), scale(target_.scale);
     target_.with_weight([&](const auto& weight) {
-      sum_blocks([&](int64_t i, int64_t n) {
+      sum_tiles([&](int64_t i, int64_t n) {
         const Vec t = (load_clean(target_.row + i, n) - top) * scale;
         return weight(i, n) * max(t, Vec(-FLT_MAX));  // 0 * -inf would be NaN
       });
       return 0;
     });
     constexpr double kLn2 = 0.69314718055994531;
-    return std::log(target_.total) - kLn2 * sum_in_order(sums_, blocks_.count) / target_.total;
+    return std::log(target_.total) - kLn2 * sum_in_order(sums_, tiles_.count) / target_.total;
   }
 
   double residual_mass(double prefix) {
     with_residual(prefix, [&](const auto& weight) {
-      sum_blocks(weight);
+      sum_tiles(weight);
       return 0;
     });
-    return sum_in_order(sums_, blocks_.count);
+    return sum_in_order(sums_, tiles_.count);
   }
 
   int64_t sample(double u) const { return sample_from(target_, u); }
@@ -89,19 +91,19 @@ class Rows {
         lanes[id - i] = 0.0f;
         return Vec::load(lanes);
       };
-      // Summed again, not subtracted: the id may outweigh the rest of its block by far.
-      std::copy(target_scratch_.sum, target_scratch_.sum + blocks_.count, sums_);
-      const int block = static_cast<int>(id / blocks_.size);
-      sums_[block] = sum_of_weights(blocks_.begin(block), blocks_.end(block), without);
-      const int64_t token = pick(blocks_, sums_, u, without);
+      // Summed again, not subtracted: the id may outweigh the rest of its tile by far.
+      std::copy(target_scratch_.sum, target_scratch_.sum + tiles_.count, sums_);
+      const int tile = static_cast<int>(id / tiles_.size);
+      sums_[tile] = sum_of_weights(tiles_.begin(tile), tiles_.end(tile), without);
+      const int64_t token = pick(tiles_, sums_, u, without);
       return token >= 0 ? token : sample(u);  // nothing else has weight: p is one-hot at id
     });
   }
 
   int64_t sample_residual(double u, double prefix) {
     return with_residual(prefix, [&](const auto& weight) {
-      sum_blocks(weight);
-      const int64_t token = pick(blocks_, sums_, u, weight);
+      sum_tiles(weight);
+      const int64_t token = pick(tiles_, sums_, u, weight);
       return token >= 0 ? token : sample(u);  // p == q up to rounding
     });
   }
@@ -112,13 +114,13 @@ class Rows {
   }
 
   template <class F>
-  void sum_blocks(const F& weight) {
-    blocks_.for_ranges([&](int first, int last) {
+  void sum_tiles(const F& weight) {
+    tiles_.for_ranges([&](int first, int last) {
       for (int b = first; b < last; ++b) {
         // No weight without p's.
         sums_[b] = target_scratch_.max[b] < target_.floor
                        ? 0.0f
-                       : sum_of_weights(blocks_.begin(b), blocks_.end(b), weight);
+                       : sum_of_weights(tiles_.begin(b), tiles_.end(b), weight);
       }
     });
   }
@@ -137,25 +139,25 @@ class Rows {
 
   const AcceptParams& params_;
   int64_t b_;
-  Blocks blocks_;
-  BlockScratch target_scratch_, draft_scratch_;
+  Tiles tiles_;
+  TileScratch target_scratch_, draft_scratch_;
   Distribution<T> target_, draft_;
-  float sums_[kMaxBlocks];
+  float sums_[kMaxTiles];
 };
 
 // Log-softmax of the raw logits at one id.
 template <class T>
-float log_probability(const T* row, int64_t id, const Blocks& blocks) {
-  BlockScratch scratch;
-  Distribution<T> d(blocks, scratch);
+float log_probability(const T* row, int64_t id, const Tiles& tiles) {
+  TileScratch scratch;
+  Distribution<T> d(tiles, scratch);
   d.read(row, 1.0, true);
   const double z = std::min(to_float(row[id]), kLargest<T>);
   return static_cast<float>(z - d.max - std::log(d.total));
 }
 
 template <class T>
-void accept_one(const AcceptParams& p, int64_t b, const Blocks& blocks) {
-  Rows<T> rows(p, b, blocks);
+void accept_one(const AcceptParams& p, int64_t b, const Tiles& tiles) {
+  Rows<T> rows(p, b, tiles);
   const Decision decision = Judge<Rows<T>>(rows, p, b).decide();
   const int64_t width = p.max_draft + 1;
   const int64_t* drafts = p.draft_tokens + b * p.max_draft;
@@ -169,21 +171,21 @@ void accept_one(const AcceptParams& p, int64_t b, const Blocks& blocks) {
   if (p.logprobs == nullptr) return;
   float* logprobs = p.logprobs + b * width;
   for (int64_t i = 0; i < width; ++i) {
-    logprobs[i] = i < emitted ? log_probability(p.target.row<T>(b, i), tokens[i], blocks) : 0.0f;
+    logprobs[i] = i < emitted ? log_probability(p.target.row<T>(b, i), tokens[i], tiles) : 0.0f;
   }
 }
 
 template <class T>
-int64_t sample_one(const SampleParams& p, int64_t b, const Blocks& blocks) {
-  BlockScratch scratch;
-  Distribution<T> d(blocks, scratch);
+int64_t sample_one(const SampleParams& p, int64_t b, const Tiles& tiles) {
+  TileScratch scratch;
+  Distribution<T> d(tiles, scratch);
   if (!read_filtered(d, p.logits.row<T>(b, 0), p.sampling, b)) return -1;
   if (p.sampling.temperature[b] == 0.0) return d.argmax();
   const Draws draws{p.sampling.seed[b], p.sampling.position[b]};
   return sample_from(d, draws.uniform(p.index, Salt::kDraft));
 }
 
-// f(b, blocks) for each sequence of the batch, each of which has `rows` rows.
+// f(b, tiles) for each sequence of the batch, each of which has `rows` rows.
 template <class F>
 void for_sequences(int threads, int64_t batch, int64_t rows, int64_t vocab, const F& f) {
   constexpr int64_t kPiece = 16384;  // logits that are worth handing to another thread
@@ -191,10 +193,10 @@ void for_sequences(int threads, int64_t batch, int64_t rows, int64_t vocab, cons
   const int within_row =
       static_cast<int>(std::min<int64_t>(threads, (vocab + kPiece - 1) / kPiece));
   const bool split_rows = batch < within_row;
-  const Blocks blocks(vocab, split_rows ? within_row : 1);
+  const Tiles tiles(vocab, split_rows ? within_row : 1);
   const int64_t grain = std::max<int64_t>(1, kPiece / (rows * vocab));
   parallel_for(split_rows ? 1 : threads, batch, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) f(b, blocks);
+    for (int64_t b = begin; b < end; ++b) f(b, tiles);
   });
 }
 
@@ -205,8 +207,8 @@ template <>
 void accept_batch<SimdLevel::MTP_SIMD>(const AcceptParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
-    for_sequences(threads, p.batch, p.max_draft + 1, p.vocab, [&](int64_t b, const Blocks& blocks) {
-      accept_one<decltype(storage)>(p, b, blocks);
+    for_sequences(threads, p.batch, p.max_draft + 1, p.vocab, [&](int64_t b, const Tiles& tiles) {
+      accept_one<decltype(storage)>(p, b, tiles);
     });
   });
 }
@@ -215,8 +217,8 @@ template <>
 void sample_batch<SimdLevel::MTP_SIMD>(const SampleParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
-    for_sequences(threads, p.batch, 1, p.vocab, [&](int64_t b, const Blocks& blocks) {
-      p.tokens[b] = sample_one<decltype(storage)>(p, b, blocks);
+    for_sequences(threads, p.batch, 1, p.vocab, [&](int64_t b, const Tiles& tiles) {
+      p.tokens[b] = sample_one<decltype(storage)>(p, b, tiles);
     });
   });
 }

@@ -1,11 +1,9 @@
 // One row of logits as a distribution, on the CPU: its maximum, its weights exp((z - max) / T), the
 // sums of them and the draw of an id by inverse CDF.
 //
-// A row is cut into blocks whose size depends on the vocabulary alone. Every sum is made within a
-// block and then over blocks in order, so results do not depend on how blocks fall to threads. The
-// maxima and sums of the blocks also let later passes skip blocks: the search for an id reads one.
-//
-// NaN counts as -inf, and +inf as the largest finite number of the storage type.
+// Every sum is made within a tile (math.h) and then over tiles in order, so results do not depend on
+// how tiles fall to threads. The maxima and sums of the tiles also let later passes skip tiles: the
+// search for an id reads one.
 #pragma once
 
 #include <algorithm>
@@ -22,30 +20,14 @@ namespace mtp {
 namespace MTP_SIMD {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kMaxBlocks = 128;
 
-template <class T>
-constexpr float kLargest = FLT_MAX;
-template <>
-inline constexpr float kLargest<BFloat16> = 0x1.fep127f;
-template <>
-inline constexpr float kLargest<Half> = 65504.0f;
+// A row's tiles, and how many threads walk them.
+struct Tiles : Tiling {
+  int threads;
 
-// How a row falls into at most kMaxBlocks blocks, and how many threads walk them.
-struct Blocks {
-  int64_t vocab, size;
-  int count, threads;
+  Tiles(int64_t vocab, int threads) : Tiling(vocab), threads(threads) {}
 
-  Blocks(int64_t vocab, int threads) : vocab(vocab), threads(threads) {
-    constexpr int64_t kUnit = 128;
-    const int64_t units = (vocab + kUnit * kMaxBlocks - 1) / (kUnit * kMaxBlocks);
-    size = kUnit * units;
-    count = static_cast<int>((vocab + size - 1) / size);
-  }
-  int64_t begin(int block) const { return block * size; }
-  int64_t end(int block) const { return std::min(vocab, (block + 1) * size); }
-
-  // f(first block, one past the last) for pieces of the row.
+  // f(first tile, one past the last) for pieces of the row.
   template <class F>
   void for_ranges(const F& f) const {
     const int64_t grain = threads > 1 ? (count + threads - 1) / threads : count;
@@ -54,19 +36,6 @@ struct Blocks {
     });
   }
 };
-
-// 2^t for t <= 0: exactly 1 at 0, exactly 0 below -150, else within 1.3e-7 of the true value,
-// relative. NaN counts as -inf, t > 0 as 0.
-inline Vec exp2_of_nonpositive(Vec t) {
-  const Vec bounded = min(max(t, Vec(-160.0f)), Vec(0.0f));  // in this order NaN becomes -160
-  const Vec n = round(bounded);
-  const Vec f = bounded - n;
-  Vec p = fma(Vec(1.326472731e-3f), f, Vec(9.671512991e-3f));
-  p = fma(p, f, Vec(5.550733581e-2f));
-  p = fma(p, f, Vec(2.402224243e-1f));
-  p = fma(p, f, Vec(6.931470037e-1f));
-  return scale_by_power(fma(p, f, Vec(1.0f)), n);
-}
 
 // Up to kLanes logits from z on, -inf past n.
 template <class T>
@@ -94,7 +63,7 @@ float clean_max(const T* z, int64_t n) {
   return std::min(max(max(top[0], top[1]), max(top[2], top[3])).hmax(), kLargest<T>);
 }
 
-inline float block_max(const float* z, int64_t n) { return clean_max(z, n); }
+inline float tile_max(const float* z, int64_t n) { return clean_max(z, n); }
 
 // 16-bit floats compare as integers once the bits of negative numbers are flipped: twice as many to
 // a vector, and nothing to widen. In the compilers' own vectors, which every level has.
@@ -106,7 +75,7 @@ K flip_negative(K bits) {
 }
 
 template <class T>
-float block_max(const T* z, int64_t n) {
+float tile_max(const T* z, int64_t n) {
   static_assert(sizeof(T) == sizeof(int16_t), "16-bit storage");
   constexpr int kUnroll = 4, kLanes = 2 * Vec::kLanes;
   constexpr int16_t kLowest = std::numeric_limits<int16_t>::min();
@@ -154,26 +123,26 @@ inline double sum_in_order(const float* values, int count) {
   return total;
 }
 
-// The first id at which the running sum of weights exceeds u times the whole, by block sums first
-// and then within the block; where rounding leaves the block's end short, its last id of positive
+// The first id at which the running sum of weights exceeds u times the whole, by tile sums first
+// and then within the tile; where rounding leaves the tile's end short, its last id of positive
 // weight. -1: all weights are 0.
 template <class F>
-int64_t pick(const Blocks& blocks, const float* block_sum, double u, const F& weight) {
-  const double target = u * sum_in_order(block_sum, blocks.count);
+int64_t pick(const Tiles& tiles, const float* tile_sum, double u, const F& weight) {
+  const double target = u * sum_in_order(tile_sum, tiles.count);
   double before = 0.0, sought = 0.0;
   int chosen = -1;
-  for (int b = 0; b < blocks.count; ++b) {
-    if (block_sum[b] <= 0.0f) continue;
+  for (int b = 0; b < tiles.count; ++b) {
+    if (tile_sum[b] <= 0.0f) continue;
     chosen = b;
     sought = target - before;
-    before += block_sum[b];
+    before += tile_sum[b];
     if (before > target) break;
   }
   if (chosen < 0) return -1;
   int64_t last = -1;
   double running = 0.0;
-  for (int64_t i = blocks.begin(chosen); i < blocks.end(chosen); i += Vec::kLanes) {
-    const int64_t n = std::min<int64_t>(blocks.end(chosen) - i, Vec::kLanes);
+  for (int64_t i = tiles.begin(chosen); i < tiles.end(chosen); i += Vec::kLanes) {
+    const int64_t n = std::min<int64_t>(tiles.end(chosen) - i, Vec::kLanes);
     float lanes[Vec::kLanes];
     weight(i, n).store(lanes);
     for (int k = 0; k < n; ++k) {
@@ -186,65 +155,60 @@ int64_t pick(const Blocks& blocks, const float* block_sum, double u, const F& we
   return last;
 }
 
-// Maxima and sums of a row's blocks.
-struct BlockScratch {
-  float max[kMaxBlocks], sum[kMaxBlocks];
-};
-
 // One row as a distribution. What a filter keeps is a prefix of the ids in order of falling logit
 // and, among equals, rising id: all above `floor`, and of those at it the ids up to `last_tie`.
 template <class T>
 struct Distribution {
+  using Storage = T;
   const T* row = nullptr;  // (vocab)
-  Blocks blocks;
-  BlockScratch& scratch;
+  Tiles tiles;
+  TileScratch& scratch;
   float max = -kInfinity;
   float scale = 1.0f;  // log2(e) / temperature
   double total = 0.0;  // sum of all weights
   float floor = -kInfinity;
   int64_t last_tie;
 
-  Distribution(const Blocks& blocks, BlockScratch& scratch)
-      : blocks(blocks), scratch(scratch), last_tie(blocks.vocab) {}
+  Distribution(const Tiles& tiles, TileScratch& scratch)
+      : tiles(tiles), scratch(scratch), last_tie(tiles.vocab) {}
 
   // Reads the row: its maximum and, where asked for, the sums of its weights. False: no logit is
   // finite.
   bool read(const T* logits, double temperature, bool with_sums) {
     row = logits;
     floor = -kInfinity;
-    last_tie = blocks.vocab;
-    const double inverse = 1.44269504088896341 / temperature;
-    scale = static_cast<float>(std::min<double>(std::max<double>(inverse, FLT_MIN), FLT_MAX));
-    blocks.for_ranges([&](int first, int last) {
+    last_tie = tiles.vocab;
+    scale = exponent_scale(temperature);
+    tiles.for_ranges([&](int first, int last) {
       for (int b = first; b < last; ++b) {
-        const int64_t begin = blocks.begin(b), end = blocks.end(b);
-        const float top = scratch.max[b] = block_max(row + begin, end - begin);
+        const int64_t begin = tiles.begin(b), end = tiles.end(b);
+        const float top = scratch.max[b] = tile_max(row + begin, end - begin);
         if (!with_sums) continue;
-        // Relative to the block's own maximum, while the block is in the nearest cache.
+        // Relative to the tile's own maximum, while the tile is in the nearest cache.
         scratch.sum[b] = top == -kInfinity ? 0.0f : sum_of_weights(begin, end, Weight{*this, top});
       }
     });
-    max = clean_max(scratch.max, blocks.count);
+    max = clean_max(scratch.max, tiles.count);
     if (max == -kInfinity) return false;
     if (with_sums) {
-      for (int b = 0; b < blocks.count; b += Vec::kLanes) {
-        const int64_t n = std::min<int64_t>(blocks.count - b, Vec::kLanes);
+      for (int b = 0; b < tiles.count; b += Vec::kLanes) {
+        const int64_t n = std::min<int64_t>(tiles.count - b, Vec::kLanes);
         const Vec top = Vec::load(scratch.max + b, n, Vec(-kInfinity));
         const Vec sum = Vec::load(scratch.sum + b, n, Vec(0.0f));
         (sum * exp2_of_nonpositive((top - Vec(max)) * Vec(scale))).store(scratch.sum + b, n);
       }
-      total = sum_in_order(scratch.sum, blocks.count);
+      total = sum_in_order(scratch.sum, tiles.count);
     }
     return true;
   }
 
   int64_t argmax() const {
     const Vec top(max);
-    int block = 0;
-    while (scratch.max[block] != max) ++block;
-    int64_t i = blocks.begin(block);
+    int tile = 0;
+    while (scratch.max[tile] != max) ++tile;
+    int64_t i = tiles.begin(tile);
     for (;; i += Vec::kLanes) {
-      const uint32_t equal = equal_lanes(load_clean(row + i, blocks.vocab - i), top);
+      const uint32_t equal = equal_lanes(load_clean(row + i, tiles.vocab - i), top);
       if (equal != 0) return i + __builtin_ctz(equal);
     }
   }
@@ -291,13 +255,13 @@ struct Distribution {
   // Sums of what the filter left.
   void sum_kept() {
     const FilteredWeight weight(*this);
-    blocks.for_ranges([&](int first, int last) {
+    tiles.for_ranges([&](int first, int last) {
       for (int b = first; b < last; ++b) {
         scratch.sum[b] =
-            scratch.max[b] < floor ? 0.0f : sum_of_weights(blocks.begin(b), blocks.end(b), weight);
+            scratch.max[b] < floor ? 0.0f : sum_of_weights(tiles.begin(b), tiles.end(b), weight);
       }
     });
-    total = sum_in_order(scratch.sum, blocks.count);
+    total = sum_in_order(scratch.sum, tiles.count);
   }
 
   double probability(int64_t id) const {

@@ -2,9 +2,11 @@
 // the order of logits under the filters, and the control flow of one sequence.
 //
 // p and q are the target's and the draft's distributions after temperature and filters. For
-// deterministic drafts q is one-hot at the draft.
+// deterministic drafts q is one-hot at the draft. In logits NaN counts as -inf, and +inf as the
+// largest finite number of the storage type.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -55,11 +57,62 @@ MTP_HD inline bool accepts_typical(double p, double entropy, double epsilon, dou
   return p > (epsilon < bound ? epsilon : bound);
 }
 
-// Weight of the residual max(P p - q, 0); F is a scalar or a SIMD vector.
+// Weight of the residual max(P p - q, 0); F is a vector of one lane or more.
 template <class F>
 MTP_HD F residual_weight(F scaled_p, F q) {
   return max(scaled_p - q, F(0.0f));
 }
+
+// A row's weights are 2^((z - max) * scale).
+MTP_HD inline float exponent_scale(double temperature) {
+  const double scale = 1.44269504088896341 / temperature;
+  if (!(scale < FLT_MAX)) return FLT_MAX;
+  return scale > FLT_MIN ? static_cast<float>(scale) : FLT_MIN;
+}
+
+// 2^t for t <= 0: exactly 1 at 0, exactly 0 below -150, else within 1.3e-7 of the true value,
+// relative. NaN counts as -inf, t > 0 as 0. Operations that round alike everywhere, so that draws
+// agree between backends.
+template <class F>
+MTP_HD F exp2_of_nonpositive(F t) {
+  const F bounded = min(max(t, F(-160.0f)), F(0.0f));  // in this order NaN becomes -160
+  const F n = round(bounded);
+  const F f = bounded - n;
+  F p = fma(F(1.326472731e-3f), f, F(9.671512991e-3f));
+  p = fma(p, f, F(5.550733581e-2f));
+  p = fma(p, f, F(2.402224243e-1f));
+  p = fma(p, f, F(6.931470037e-1f));
+  return scale_by_power(fma(p, f, F(1.0f)), n);
+}
+
+// A row is cut into tiles whose size depends on the vocabulary alone: sums by tile are the same
+// however tiles fall to threads.
+constexpr int kMaxTiles = 128;
+
+struct Tiling {
+  int64_t vocab, size;
+  int count;
+
+  MTP_HD explicit Tiling(int64_t vocab) : vocab(vocab) {
+    constexpr int64_t kUnit = 128;
+    size = kUnit * ((vocab + kUnit * kMaxTiles - 1) / (kUnit * kMaxTiles));
+    count = static_cast<int>((vocab + size - 1) / size);
+  }
+  MTP_HD int64_t begin(int tile) const { return tile * size; }
+  MTP_HD int64_t end(int tile) const { return vocab < begin(tile) + size ? vocab : begin(tile) + size; }
+};
+
+// Maxima and sums of a row's tiles.
+struct TileScratch {
+  float max[kMaxTiles], sum[kMaxTiles];
+};
+
+template <class T>
+constexpr float kLargest = FLT_MAX;
+template <>
+inline constexpr float kLargest<BFloat16> = 0x1.fep127f;
+template <>
+inline constexpr float kLargest<Half> = 65504.0f;
 
 // Logits as unsigned integers of the same order, as narrow as the storage type allows. -0 and 0
 // must be made equal before (add 0). NaN has no place here.
