@@ -71,6 +71,19 @@ auto cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
   return [=](int threads, Args... args) { kernel(make(args...), threads); };
 }
 
+// The same for kernels whose arguments by sequence are checked first: returns the name of one that is
+// out of range and the sequence that has it, ("", 0) if there is none.
+template <class Params, class... Args>
+auto checked_cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
+  return [=](int threads, Args... args) -> std::pair<const char*, int64_t> {
+    const Params params = make(args...);
+    const BadArgument bad = check(params);
+    if (bad.name != nullptr) return {bad.name, bad.sequence};
+    kernel(params, threads);
+    return {"", 0};
+  };
+}
+
 #if MTP_WITH_CUDA
 void raise_if(Status status) {
   if (!status.ok()) throw std::runtime_error(std::string("CUDA: ") + status.error);
@@ -106,19 +119,16 @@ SamplingParams sampling_params(uintptr_t temperatures, double temperature, uintp
           {pointer<const int64_t>(positions), position}};
 }
 
-// The argument that is out of range and the sequence that has it; ("", 0) if there is none.
-using Fault = std::pair<const char*, int64_t>;
-
-Fault speculative_accept(int threads, int dtype, int64_t batch, int64_t max_draft, int64_t vocab,
-                         uintptr_t target, int64_t target_batch_stride, int64_t target_row_stride,
-                         uintptr_t draft, int64_t draft_batch_stride, int64_t draft_row_stride,
-                         uintptr_t draft_tokens, uintptr_t num_drafts, uintptr_t temperatures,
-                         double temperature, uintptr_t top_ks, int64_t top_k, uintptr_t top_ps,
-                         double top_p, uintptr_t min_ps, double min_p, uintptr_t seeds,
-                         int64_t seed, uintptr_t positions, int64_t position, int rule,
-                         double typical_epsilon, double typical_delta, int64_t eos_token,
-                         int64_t pad_token, uintptr_t tokens, uintptr_t num_tokens,
-                         uintptr_t num_accepted, uintptr_t logprobs) {
+AcceptParams accept_params(int dtype, int64_t batch, int64_t max_draft, int64_t vocab,
+                           uintptr_t target, int64_t target_batch_stride, int64_t target_row_stride,
+                           uintptr_t draft, int64_t draft_batch_stride, int64_t draft_row_stride,
+                           uintptr_t draft_tokens, uintptr_t num_drafts, uintptr_t temperatures,
+                           double temperature, uintptr_t top_ks, int64_t top_k, uintptr_t top_ps,
+                           double top_p, uintptr_t min_ps, double min_p, uintptr_t seeds,
+                           int64_t seed, uintptr_t positions, int64_t position, int rule,
+                           double typical_epsilon, double typical_delta, int64_t eos_token,
+                           int64_t pad_token, uintptr_t tokens, uintptr_t num_tokens,
+                           uintptr_t num_accepted, uintptr_t logprobs) {
   AcceptParams p{};
   p.target = {pointer<const void>(target), target_batch_stride, target_row_stride};
   p.draft = {pointer<const void>(draft), draft_batch_stride, draft_row_stride};
@@ -139,17 +149,15 @@ Fault speculative_accept(int threads, int dtype, int64_t batch, int64_t max_draf
   p.typical_delta = typical_delta;
   p.rule = static_cast<AcceptRule>(rule);
   p.dtype = static_cast<DType>(dtype);
-  const BadArgument bad = check_accept(p);
-  if (bad.name != nullptr) return {bad.name, bad.sequence};
-  speculative_accept_cpu(p, threads);
-  return {"", 0};
+  return p;
 }
 
-Fault sample(int threads, int dtype, int64_t batch, int64_t vocab, uintptr_t logits,
-             int64_t batch_stride, uintptr_t temperatures, double temperature, uintptr_t top_ks,
-             int64_t top_k, uintptr_t top_ps, double top_p, uintptr_t min_ps, double min_p,
-             uintptr_t seeds, int64_t seed, uintptr_t positions, int64_t position, int64_t index,
-             uintptr_t tokens) {
+SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t logits,
+                           int64_t batch_stride, uintptr_t temperatures, double temperature,
+                           uintptr_t top_ks, int64_t top_k, uintptr_t top_ps, double top_p,
+                           uintptr_t min_ps, double min_p, uintptr_t seeds, int64_t seed,
+                           uintptr_t positions, int64_t position, int64_t index,
+                           uintptr_t tokens) {
   SampleParams p{};
   p.logits = {pointer<const void>(logits), batch_stride, 0};
   p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,
@@ -159,10 +167,7 @@ Fault sample(int threads, int dtype, int64_t batch, int64_t vocab, uintptr_t log
   p.vocab = vocab;
   p.index = index;
   p.dtype = static_cast<DType>(dtype);
-  const BadArgument bad = check_sampling(p.sampling, batch);
-  if (bad.name != nullptr) return {bad.name, bad.sequence};
-  sample_cpu(p, threads);
-  return {"", 0};
+  return p;
 }
 
 // For the known-answer tests.
@@ -212,13 +217,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("speculative_accept", &mtp::speculative_accept, without_gil());
-  m.def("sample", &mtp::sample, without_gil());
+  m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
+        without_gil());
+  m.def("sample", checked_cpu_entry(sample_cpu, sample_params), without_gil());
   m.def("philox4x32_10", &philox);
   m.def("uniform_of", &uniform_of);
   m.def("simd_function", &simd_function);
 #if MTP_WITH_CUDA
   m.def("cross_entropy_cuda", cuda_entry(cross_entropy_cuda, cross_entropy_params), without_gil());
+  m.def("speculative_accept_cuda", cuda_entry(speculative_accept_cuda, accept_params),
+        without_gil());
+  m.def("sample_cuda", cuda_entry(sample_cuda, sample_params), without_gil());
 #endif
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });

@@ -20,6 +20,8 @@ def _seed() -> None:
 @pytest.fixture(params=range(len(SIMD_LEVELS)), ids=SIMD_LEVELS)
 def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once with every instruction set of this machine."""
+    if request.config.getoption("--emulated") and request.param > 0:
+        pytest.skip("the CUDA kernels have no instruction sets")
     _C.set_simd_level(request.param)
     yield SIMD_LEVELS[request.param]
     _C.set_simd_level(len(SIMD_LEVELS) - 1)
@@ -28,16 +30,19 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulated",
-        action="store_true",
-        help="run the ops through the CUDA kernels, on the CPU (tests/emulator)",
+        nargs="?",
+        const="forward",
+        choices=emulator.SCHEDULES,
+        help="run the ops through the CUDA kernels, on the CPU (tests/emulator), in this order",
     )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
 @pytest.fixture(autouse=True)
 def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.config.getoption("--emulated"):
+    if schedule := request.config.getoption("--emulated"):
         emulator.load().install(monkeypatch)
+        emulator.load().set_schedule(schedule)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

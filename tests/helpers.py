@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mtp_fast.ops import _common
+
 # For scripts that measure memory: reset and read the peak of resident memory, in bytes.
 PEAK_MEMORY = """
 from pathlib import Path
@@ -17,6 +19,16 @@ def reset_peak():
 """
 
 Loss = Callable[..., Tensor]
+
+
+def emulated() -> bool:
+    """Whether the ops run their CUDA kernels on the emulator (pytest --emulated)."""
+    return _common.on_cuda(torch.empty(0))
+
+
+def draws(count: int) -> int:
+    """How many sequences a statistical test draws: the emulator has time for a fiftieth."""
+    return max(200, count // 50) if emulated() else count
 
 
 def gradients(loss: Loss, leaves: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mtp_fast
+from helpers import draws, emulated
 from mtp_fast import _C
 from mtp_fast.ops import reference
 from mtp_fast.ops.acceptance import AcceptResult, sample, speculative_accept
@@ -50,7 +51,7 @@ def test_greedy_equals_reference_on_ragged_cases_with_ties(
 ) -> None:
     """2,000 cases for each of five vocabularies; few distinct values, so ties abound."""
     generator = torch.Generator().manual_seed(vocab)
-    batch, width = 2000, 5
+    batch, width = draws(2000), 5
     logits = torch.randint(-3, 4, (batch, width + 1, vocab), generator=generator) / 2
     logits[0], logits[1, 2], logits[2, 0] = torch.nan, -torch.inf, torch.inf
     logits[3::7, :, ::3] = torch.nan
@@ -78,7 +79,7 @@ def test_sampled_equals_reference(
     rule: str, stochastic: bool, dtype: torch.dtype, filters: dict
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    wrong, levels = 0, len(mtp_fast.build_info()["simd_levels"])
+    wrong, levels = 0, 1 if emulated() else len(mtp_fast.build_info()["simd_levels"])
     for vocab, width, batch in [(2, 6, 40), (300, 1, 40), (300, 6, 40), (3000, 2, 20), (300, 0, 9)]:
         shape = (batch, 2 * width + 1, vocab)
         logits = (torch.randn(shape, generator=generator) * 2).to(dtype)
@@ -111,7 +112,8 @@ def test_sampled_equals_reference(
             **arguments,
         )
         for level in range(levels):  # ends with the best
-            _C.set_simd_level(level)
+            if not emulated():
+                _C.set_simd_level(level)
             ours = speculative_accept(
                 target, drafts, draft_logits=draft if stochastic else None, **arguments
             )
@@ -128,7 +130,7 @@ def test_sampled_equals_reference(
 def test_filters_keep_exactly_the_prefix_of_the_sort(dtype: torch.dtype, simd_level: str) -> None:
     """The ids that many draws can yield are the reference's support, ties included."""
     generator = torch.Generator().manual_seed(2)
-    draws = 4000
+    count = draws(4000)
     for vocab, values in [(12, 3), (600, 6), (600, 10**6)]:
         logits = torch.randint(0, values, (vocab,), generator=generator) / values * 4
         logits = logits.to(dtype)
@@ -138,16 +140,16 @@ def test_filters_keep_exactly_the_prefix_of_the_sort(dtype: torch.dtype, simd_le
                 *(torch.tensor([value]) for value in (1.5, top_k, top_p, min_p)),
             )
             token = sample(
-                logits.expand(draws, vocab),
+                logits.expand(count, vocab),
                 temperature=1.5,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
-                seed=torch.arange(draws),
+                seed=torch.arange(count),
             )
             seen = torch.zeros(vocab, dtype=torch.bool).index_fill(0, token, True)
             assert not (seen & (p == 0)).any(), (vocab, values, top_k, top_p, min_p)
-            sure = p * draws > 20  # missed with probability e^-20
+            sure = p * count > 20  # missed with probability e^-20
             assert seen[sure].all(), (vocab, values, top_k, top_p, min_p)
 
 
@@ -195,7 +197,7 @@ def test_result_depends_on_nothing_but_the_sequence(
         torch.set_num_threads(1)
         whole = accept(torch.arange(batch))
         assert len(set(whole.num_tokens.tolist())) > 1
-        for count in (1, 2, 3, 8):
+        for count in (1,) if emulated() else (1, 2, 3, 8):
             torch.set_num_threads(count)
             assert torch.equal(draft_from(draft, **sampling), drafts)
             for rows in (torch.arange(batch), torch.arange(batch).flip(0), *torch.eye(batch)):
@@ -210,7 +212,7 @@ def test_result_depends_on_nothing_but_the_sequence(
 def test_block_accepts_at_least_as_many_as_exact() -> None:
     """In expectation, over 20,000 seeds of each of 24 pairs; the rules share no per-draw order."""
     generator = torch.Generator().manual_seed(5)
-    runs, width, vocab = 20_000, 4, 6
+    runs, width, vocab = draws(20_000), 4, 6
     for case in range(24):
         noise = 0.3 + 0.1 * case
         target = torch.randn(width + 1, vocab, generator=generator)
@@ -235,7 +237,7 @@ def test_block_accepts_at_least_as_many_as_exact() -> None:
 @pytest.mark.parametrize("order", ["exact", "block"])
 def test_toy_example_of_block_verification(order: str) -> None:
     """p = (1/3, 2/3), q = (2/3, 1/3), two drafts: 10/9 accepted by tokens, 11/9 by blocks."""
-    runs = 200_000
+    runs = draws(200_000)
     p, q = torch.tensor([1 / 3, 2 / 3]).log(), torch.tensor([2 / 3, 1 / 3]).log()
     draft = q.expand(runs, 2, 2)
     sampling = {"temperature": 1.0, "seed": torch.arange(runs)}
@@ -247,7 +249,9 @@ def test_toy_example_of_block_verification(order: str) -> None:
         **sampling,
     )
     expected = {"exact": 10 / 9, "block": 11 / 9}[order]
-    assert result.num_accepted.double().mean().item() == pytest.approx(expected, abs=0.01)
+    assert result.num_accepted.double().mean().item() == pytest.approx(
+        expected, abs=4.5 / runs**0.5
+    )
 
 
 @settings(max_examples=200, deadline=None)

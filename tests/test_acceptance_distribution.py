@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from helpers import draws
 from mtp_fast.ops import acceptance, reference
 from mtp_fast.ops.acceptance import AcceptResult
 
@@ -173,8 +174,8 @@ def test_first_tokens_of_ragged_steps(
     rule: str, stochastic: bool, temperature: float, filters: dict
 ) -> None:
     case = Case(
-        16, 8, 200_000, rule=rule, stochastic=stochastic, ragged=True, temperature=temperature,
-        **filters,
+        16, 8, draws(200_000), rule=rule, stochastic=stochastic, ragged=True,
+        temperature=temperature, **filters,
     )  # fmt: skip
     assert min(case.completed_p_values()) > SIGNIFICANCE
     if rule == "exact":
@@ -185,7 +186,7 @@ def test_first_tokens_of_ragged_steps(
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_block_rule_against_enumeration(stochastic: bool, filters: dict) -> None:
     case = Case(
-        16, 3, 200_000, rule="block", stochastic=stochastic, ragged=True, temperature=1.0,
+        16, 3, draws(200_000), rule="block", stochastic=stochastic, ragged=True, temperature=1.0,
         **filters,
     )  # fmt: skip
     assert min(case.emitted_p_values()) > SIGNIFICANCE
@@ -195,7 +196,9 @@ def test_block_rule_against_enumeration(stochastic: bool, filters: dict) -> None
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 400}, {"top_p": 0.9}, {"min_p": 0.02}], ids=str)
 def test_large_vocabulary(rule: str, stochastic: bool, filters: dict) -> None:
-    case = Case(4096, 2, 50_000, rule=rule, stochastic=stochastic, temperature=1.0, **filters)
+    case = Case(
+        4096, 2, draws(50_000), rule=rule, stochastic=stochastic, temperature=1.0, **filters
+    )
     assert min(case.completed_p_values()) > SIGNIFICANCE
     if rule == "exact":
         assert min(case.emitted_p_values()) > SIGNIFICANCE
@@ -206,7 +209,14 @@ def test_large_vocabulary(rule: str, stochastic: bool, filters: dict) -> None:
 @pytest.mark.parametrize("ops", [acceptance, reference], ids=["kernel", "reference"])
 def test_joint_of_two_tokens(rule: str, stochastic: bool, ops: Any) -> None:
     case = Case(
-        8, 3, 200_000, rule=rule, stochastic=stochastic, ragged=True, temperature=1.0, ops=ops
+        8,
+        3,
+        draws(200_000),
+        rule=rule,
+        stochastic=stochastic,
+        ragged=True,
+        temperature=1.0,
+        ops=ops,
     )
     assert case.joint_p_value() > SIGNIFICANCE
     assert min(case.completed_p_values()) > SIGNIFICANCE
@@ -318,7 +328,7 @@ def sequence_p_value(tokens: Tensor, law: Tensor) -> float:
 
 @pytest.mark.parametrize("rule", ["exact", "block"])
 def test_sequences_of_many_steps(rule: str) -> None:
-    assert sequence_p_value(*decode(acceptance, rule, 400_000, 6)) > SIGNIFICANCE
+    assert sequence_p_value(*decode(acceptance, rule, draws(400_000), 6)) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("keyed_by_absolute_position", [False, True])

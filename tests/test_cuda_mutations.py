@@ -23,6 +23,10 @@ class Mutation(NamedTuple):
     planted: str
 
 
+ACCEPTANCE = "acceptance/cuda.cu"
+ROW = "acceptance/cuda_row.cuh"
+FILTERS = "acceptance/cuda_filters.cuh"
+LANE = "cuda/lane.cuh"
 CROSS_ENTROPY = "cross_entropy/cuda.cu"
 REDUCE = "cuda/reduce.cuh"
 ARCH = "cuda/arch.cuh"
@@ -65,6 +69,40 @@ MUTATIONS = [
         CROSS_ENTROPY, "aligned = same_alignment<T>(grad", "aligned = !same_alignment<T>(grad"
     ),
     Mutation(ARCH, "static_cast<uint16_t>(word)}", "static_cast<uint16_t>(word >> 16)}"),
+    # The acceptance step: where a tile is, and who takes it.
+    Mutation(ROW, "misaligned == 0 ? 0 : kPack<T>", "misaligned == 0 ? 0 : 1"),
+    Mutation(ROW, "(lane < body - begin)", "(lane < body - begin - 1)"),
+    Mutation(ROW, "(lane < end - tail)", "(lane < end - tail - 1)"),
+    Mutation(ROW, "first += kBatch * kWarp", "first += 2 * kBatch * kWarp"),
+    Mutation(ROW, "cluster.rank * in_block", "cluster.rank + in_block"),
+    Mutation(ROW, "lane < cluster.size)", "lane < cluster.size - 1)"),
+    # Its searches.
+    Mutation(
+        ROW,
+        "distance < kWarp; distance *= 2) {\n    const double",
+        "distance < 16; distance *= 2) {\n    const double",
+    ),
+    Mutation(ROW, "if (lane == 0) before = 0.0;", ""),
+    Mutation(ROW, "&& running <= target", "&& running < target - 1e-3"),
+    Mutation(ROW, "target - tile.before", "target"),
+    Mutation(ROW, "tile < first) first = tile", "tile > first) first = tile"),
+    Mutation(ROW, "z == max && id < best", "z == max"),
+    Mutation(ROW, "id <= last_tie", "id < last_tie"),
+    Mutation(ROW, "weight(scratch.max[tile], max))", "1.0f)"),
+    Mutation(FILTERS, "block < tiles.cluster.size", "block < 1"),
+    Mutation(FILTERS, "if (key > range.high) return;", ""),
+    Mutation(FILTERS, "before + of_bin(bin) >= target", "before + of_bin(bin) > target"),
+    Mutation(FILTERS, "other < tile)", "other > tile)"),
+    Mutation(FILTERS, "static_cast<double>(n) - 0.5", "static_cast<double>(n) + 0.5"),
+    Mutation(ACCEPTANCE, "id == draft ? 0.0f : p", "p"),
+    Mutation(ACCEPTANCE, "Lane(q) * Lane(on_q)", "Lane(q) * Lane(on_p)"),
+    Mutation(LANE, "return x * power(half) * power(whole - half)", "return x * power(half)"),
+    # Its barriers, each line of them.
+    Mutation(ROW, "cluster.sync();\n    for", "for"),
+    Mutation(ROW, "f(tile);\n    cluster.sync();", "f(tile);"),
+    Mutation(FILTERS, "__syncthreads();", ""),
+    Mutation(FILTERS, "tiles.cluster.sync();\n", "\n"),
+    Mutation(FILTERS, "tiles.cluster.sync();  //", "//"),
 ]
 
 
@@ -90,7 +128,9 @@ def test_planted_fault_is_noticed(sources, mutation):
         path.write_text(original)
     # In a process of its own: a mutant may write anywhere, or never end.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-m", "not cuda", "-k", "emulated or too_long", "tests/test_cuda_cross_entropy.py"]
+    command += ["-m", "not cuda", "-k", "emulated or too_long"]
+    acceptance = mutation.file in (ACCEPTANCE, ROW, FILTERS, LANE)
+    command += [f"tests/test_cuda_{'acceptance' if acceptance else 'cross_entropy'}.py"]
     environment = {**os.environ, "MTP_EMULATOR_LIBRARY": str(library)}
     try:
         done = subprocess.run(

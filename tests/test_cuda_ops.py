@@ -116,13 +116,15 @@ def test_cpu_build_says_what_is_missing(monkeypatch):
 
 @needs_emulator
 @pytest.mark.slow
-def test_op_tests_pass_emulated():
-    """All tests of the losses, save `PROMISED_BY_THE_CPU`."""
+@pytest.mark.parametrize("schedule", emulator.SCHEDULES)
+def test_op_tests_pass_emulated(schedule):
+    """All tests of the ops, save `PROMISED_BY_THE_CPU`."""
+    ops = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
+    ops += ("acceptance_interface", "acceptance_distribution")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulated"]
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulated", schedule]
         + ["-k", " and ".join(f"not {name}" for name in PROMISED_BY_THE_CPU)]
-        + [f"tests/test_{op}.py" for op in ("cross_entropy", "linear_cross_entropy")]
-        + ["tests/test_multi_token_cross_entropy.py"],
+        + [f"tests/test_{op}.py" for op in ops],
         cwd=emulator.ROOT,
         capture_output=True,
         text=True,

@@ -12,7 +12,11 @@ pytestmark = [
     pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64"),
 ]
 
-TESTS = ("tests/test_cuda_cross_entropy.py", "tests/test_emulator.py")
+TESTS = (
+    "tests/test_cuda_acceptance.py",
+    "tests/test_cuda_cross_entropy.py",
+    "tests/test_emulator.py",
+)
 
 
 def test_kernels_are_clean():

@@ -81,6 +81,16 @@ class Rows {
 
   int64_t sample(double u) const { return sample_from(target_, u); }
 
+  int64_t sample_residual(double u, double prefix, int64_t draft) {
+    if (params_.draft.data == nullptr) return sample_without(u, draft);
+    return with_residual(prefix, [&](const auto& weight) {
+      sum_tiles(weight);
+      return pick(tiles_, sums_, u, weight);
+    });
+  }
+
+ private:
+  // From p without the draft, which is all that P p leaves when q is one-hot there.
   int64_t sample_without(double u, int64_t id) {
     return target_.with_weight([&](const auto& weight) {
       const auto without = [&](int64_t i, int64_t n) {
@@ -95,20 +105,10 @@ class Rows {
       std::copy(target_scratch_.sum, target_scratch_.sum + tiles_.count, sums_);
       const int tile = static_cast<int>(id / tiles_.size);
       sums_[tile] = sum_of_weights(tiles_.begin(tile), tiles_.end(tile), without);
-      const int64_t token = pick(tiles_, sums_, u, without);
-      return token >= 0 ? token : sample(u);  // nothing else has weight: p is one-hot at id
+      return pick(tiles_, sums_, u, without);
     });
   }
 
-  int64_t sample_residual(double u, double prefix) {
-    return with_residual(prefix, [&](const auto& weight) {
-      sum_tiles(weight);
-      const int64_t token = pick(tiles_, sums_, u, weight);
-      return token >= 0 ? token : sample(u);  // p == q up to rounding
-    });
-  }
-
- private:
   bool load(Distribution<T>& d, const LogitsView& logits, int64_t i) {
     return read_filtered(d, logits.row<T>(b_, i), params_.sampling, b_);
   }

@@ -60,35 +60,17 @@ class Filters {
   MTP_HD Filters(Row& d, Histogram& histogram) : d_(d), histogram_(histogram) {}
 
   MTP_HD void apply(const SamplingParams& sampling, int64_t b) {
-    if (needs_top_k(sampling, b, d_.tiles.vocab)) top_k(sampling.top_k[b]);
-    if (sampling.top_p[b] < 1.0) top_p(sampling.top_p[b]);
+    const bool top_k = needs_top_k(sampling, b, d_.tiles.vocab), top_p = sampling.top_p[b] < 1.0;
+    for (int pass = top_k ? 0 : 1; pass < (top_p ? 2 : 1); ++pass) {
+      keep_prefix(pass == 0 ? Measure::kCount : Measure::kMass, sampling.top_k[b],
+                  sampling.top_p[b]);
+    }
     if (sampling.min_p[b] > 0.0) min_p(sampling.min_p[b]);
     if (d_.filtered()) d_.sum_kept();
   }
 
  private:
   using T = typename Row::Storage;
-
-  MTP_HD void top_k(int64_t k) {
-    const KeyRange range = range_from(histogram_.kth_largest_tile_max(k));
-    histogram_.fill(range, Measure::kCount);
-    keep_until(range, Measure::kCount, static_cast<uint64_t>(k));
-  }
-
-  MTP_HD void top_p(double p) {
-    if (d_.filtered()) {  // by top-k: the whole mass is what the first histogram holds
-      const KeyRange range = range_from(d_.floor);
-      histogram_.fill(range, Measure::kMass);
-      const double target = ceil(p * static_cast<double>(histogram_.mass()));
-      keep_until(range, Measure::kMass, static_cast<uint64_t>(target));
-      return;
-    }
-    // Logits below this weigh less than 1 - p together, even if there were V of its weight.
-    const double weight = (1.0 - p) * d_.total / static_cast<double>(d_.tiles.vocab);
-    const KeyRange range = range_from(static_cast<float>(d_.max + log2(weight) / d_.scale));
-    histogram_.fill(range, Measure::kMass);
-    keep_until(range, Measure::kMass, static_cast<uint64_t>(ceil(p * d_.total * kMassUnits)));
-  }
 
   MTP_HD void min_p(double p) {
     const float floor = static_cast<float>(d_.max + log2(p) / d_.scale);
@@ -103,16 +85,36 @@ class Filters {
             order_key<T>(d_.max + 0.0f), histogram_.max_bins()};
   }
 
-  // Narrows the filter to the shortest prefix whose measure reaches the target. All of the prefix
-  // lies in the range, which the histogram has been filled with.
-  MTP_HD void keep_until(KeyRange range, Measure measure, uint64_t target) {
-    for (;;) {
+  // Narrows the filter to the shortest prefix that holds k logits, or the share p of the mass.
+  MTP_HD void keep_prefix(Measure measure, int64_t k, double p) {
+    const bool after_top_k = d_.filtered();
+    float low;  // all of the prefix lies at it or above
+    uint64_t target;
+    if (measure == Measure::kCount) {
+      low = histogram_.kth_largest_tile_max(k);
+      target = static_cast<uint64_t>(k);
+    } else if (after_top_k) {
+      low = d_.floor;
+      target = 0;  // known with the first histogram, which holds all that is left
+    } else {
+      // Logits below this weigh less than 1 - p together, even if there were V of its weight.
+      const double weight = (1.0 - p) * d_.total / static_cast<double>(d_.tiles.vocab);
+      low = static_cast<float>(d_.max + log2(weight) / d_.scale);
+      target = static_cast<uint64_t>(ceil(p * d_.total * kMassUnits));
+    }
+    KeyRange range = range_from(low);
+    for (bool first = true;; first = false) {
+      histogram_.fill(range, measure);
+      if (first && measure == Measure::kMass && after_top_k) {
+        target = static_cast<uint64_t>(ceil(p * static_cast<double>(histogram_.mass())));
+      }
       const Crossing crossing = histogram_.cross(range, measure, target);
       if (crossing.bin == range.bins) {  // fewer than k are finite, or rounding keeps the mass short
         if (d_.floor < -kLargest<T>) d_.floor = -kLargest<T>;
         return;
       }
       target -= crossing.before;
+      const uint32_t high = range.high - (static_cast<uint32_t>(crossing.bin) << range.shift);
       if (range.shift == 0) {
         // All logits of the bin are equal, and so are their masses.
         uint64_t kept = target;
@@ -120,14 +122,11 @@ class Filters {
           const uint64_t each = crossing.here / crossing.logits;
           kept = (target + each - 1) / each;
         }
-        keep_ties(from_order_key<T>(range.high - static_cast<uint32_t>(crossing.bin)),
-                  kept > 1 ? kept : 1, crossing.logits);
+        keep_ties(from_order_key<T>(high), kept > 1 ? kept : 1, crossing.logits);
         return;
       }
-      const uint32_t high = range.high - (static_cast<uint32_t>(crossing.bin) << range.shift);
       const uint32_t width = (1u << range.shift) - 1;
       range = {high - range.low < width ? range.low : high - width, high, histogram_.max_bins()};
-      histogram_.fill(range, measure);
     }
   }
 

@@ -154,128 +154,110 @@ struct Decision {
 
 // `Rows` walks the rows of one sequence. load(i) makes row i of the target current, and
 // load_draft(i) row i of the draft; false: the row has no finite logit. Of the current rows:
-//   argmax()                     lowest id of the largest target logit
-//   target(id), draft(id)        p(id), q(id)
-//   entropy()                    of p
-//   residual_mass(P)             sum of max(P p - q, 0)
-//   sample(u)                    from p
-//   sample_without(u, id)        from p without id
-//   sample_residual(u, P)        from max(P p - q, 0)
+//   argmax()                       lowest id of the largest target logit
+//   target(id), draft(id)          p(id), q(id)
+//   entropy()                      of p
+//   residual_mass(P)               sum of max(P p - q, 0)
+//   sample(u)                      from p
+//   sample_residual(u, P, draft)   from max(P p - q, 0); -1 where that is 0 everywhere
+// Each is called in one place, since a GPU's compiler will copy it there.
 template <class Rows>
 class Judge {
  public:
   MTP_HD Judge(Rows& rows, const AcceptParams& params, int64_t b)
       : rows_(rows),
         params_(params),
-        drafts_(params.draft_tokens + b * params.max_draft),
-        num_draft_(params.num_draft[b]),
-        draws_{params.sampling.seed[b], params.sampling.position[b]},
-        greedy_(params.sampling.temperature[b] == 0.0) {}
+        b_(b),
+        greedy_(params.sampling.temperature[b] == 0.0),
+        takes_best_(greedy_ || params.rule == AcceptRule::kTypical),
+        stochastic_(!takes_best_ && params.draft.data != nullptr) {}
 
   MTP_HD Decision decide() {
-    if (greedy_) return decide_greedy();
-    switch (params_.rule) {
-      case AcceptRule::kBlock:
-        return cut_at_eos(decide_block());
-      case AcceptRule::kTypical:
-        return decide_typical();
-      default:
-        return decide_exact();
+    const bool by_block = !greedy_ && params_.rule == AcceptRule::kBlock;
+    int64_t accepted = 0;  // under the block rule: the longest prefix i with u_i <= h_i
+    double accepted_prefix = 1.0, prefix = 1.0;
+    bool rejected = false;
+    for (int64_t i = 0;; ++i) {
+      const bool usable = rows_.load(i);
+      // A draft whose own distribution is unusable cannot be judged: the drafts end before it.
+      const bool drafted = usable && has_draft(i) && (!stochastic_ || rows_.load_draft(i));
+      if (by_block && !rejected) {
+        const double u = i > 0 ? uniform(i - 1, Salt::kAccept) : 0.0;
+        if (drafted) {
+          if (u <= threshold(i, prefix)) {
+            accepted = i;
+            accepted_prefix = prefix;
+          }
+          prefix = block_prefix(prefix, rows_.target(draft(i)), draft_probability(i));
+          continue;
+        }
+        if (u > prefix) {  // The last prefix is judged by h = P alone. Back to what was accepted.
+          rejected = true;
+          i = accepted - 1;
+          continue;
+        }
+      } else if (!rejected && drafted && accepts(i)) {
+        if (is_eos(draft(i))) return {i + 1, -1};
+        continue;
+      }
+      return cut_at_eos({i, usable ? next(i, drafted, accepted_prefix) : -1});
     }
   }
 
  private:
+  // What belongs to the sequence is read where it is needed: a GPU's registers are few.
+  MTP_HD int64_t draft(int64_t i) const { return params_.draft_tokens[b_ * params_.max_draft + i]; }
+  MTP_HD double uniform(int64_t index, Salt salt) const {
+    return Draws{params_.sampling.seed[b_], params_.sampling.position[b_]}.uniform(index, salt);
+  }
+
   // Whether there is a draft at i that a row can judge. The drafts end before an invalid id.
   MTP_HD bool has_draft(int64_t i) const {
-    return i < num_draft_ && drafts_[i] >= 0 && drafts_[i] < params_.vocab;
+    return i < params_.num_draft[b_] && draft(i) >= 0 && draft(i) < params_.vocab;
   }
   MTP_HD bool is_eos(int64_t token) const {
     return params_.eos_token >= 0 && token == params_.eos_token;
   }
-  MTP_HD bool stochastic() const { return params_.draft.data != nullptr; }
-  // A draft whose own distribution is unusable cannot be judged: the drafts end before it too.
-  MTP_HD bool load_drafted(int64_t i) {
-    return has_draft(i) && (!stochastic() || rows_.load_draft(i));
+  MTP_HD double draft_probability(int64_t i) const {
+    return stochastic_ ? rows_.draft(draft(i)) : 1.0;
   }
 
-  MTP_HD Decision decide_greedy() {
-    for (int64_t i = 0;; ++i) {
-      if (!rows_.load(i)) return {i, -1};
-      const int64_t best = rows_.argmax();
-      if (!has_draft(i) || drafts_[i] != best) return {i, best};
-      if (is_eos(best)) return {i + 1, -1};
+  // Of the block rule: h_i, by what the next row leaves. For a deterministic draft
+  // max(P p - q, 0) is P p without the draft.
+  MTP_HD double threshold(int64_t i, double prefix) {
+    const double mass = stochastic_ ? rows_.residual_mass(prefix)
+                                    : prefix * (1.0 - rows_.target(draft(i)));
+    return block_threshold(prefix, mass);
+  }
+
+  MTP_HD bool accepts(int64_t i) {
+    if (greedy_) return rows_.argmax() == draft(i);
+    const double p = rows_.target(draft(i));
+    if (params_.rule == AcceptRule::kTypical) {
+      return accepts_typical(p, rows_.entropy(), params_.typical_epsilon, params_.typical_delta);
     }
+    return accepts_token(uniform(i, Salt::kAccept), p, draft_probability(i));
   }
 
-  MTP_HD Decision decide_exact() {
-    for (int64_t i = 0;; ++i) {
-      if (!rows_.load(i)) return {i, -1};
-      if (!load_drafted(i)) return {i, rows_.sample(draws_.uniform(i, Salt::kBonus))};
-      const int64_t draft = drafts_[i];
-      const double q = stochastic() ? rows_.draft(draft) : 1.0;
-      if (!accepts_token(draws_.uniform(i, Salt::kAccept), rows_.target(draft), q)) {
-        return {i, recover(i, 1.0)};
-      }
-      if (is_eos(draft)) return {i + 1, -1};
-    }
-  }
-
-  // The longest prefix i with u_i <= h_i; the last one is judged by h = P alone.
-  MTP_HD Decision decide_block() {
-    int64_t accepted = 0;
-    double prefix = 1.0, accepted_prefix = 1.0;
-    for (int64_t i = 0;; ++i) {
-      const double u = i > 0 ? draws_.uniform(i - 1, Salt::kAccept) : 0.0;
-      const bool usable = rows_.load(i);
-      if (!usable || !load_drafted(i)) {
-        if (u > prefix) break;
-        return {i, usable ? rows_.sample(draws_.uniform(i, Salt::kBonus)) : -1};
-      }
-      const int64_t draft = drafts_[i];
-      const double p = rows_.target(draft);
-      const double mass = stochastic() ? rows_.residual_mass(prefix) : prefix * (1.0 - p);
-      if (u <= block_threshold(prefix, mass)) {
-        accepted = i;
-        accepted_prefix = prefix;
-      }
-      prefix = block_prefix(prefix, p, stochastic() ? rows_.draft(draft) : 1.0);
-    }
-    rows_.load(accepted);
-    load_drafted(accepted);
-    return {accepted, recover(accepted, accepted_prefix)};
-  }
-
-  MTP_HD Decision decide_typical() {
-    for (int64_t i = 0;; ++i) {
-      if (!rows_.load(i)) return {i, -1};
-      if (!has_draft(i) || !accepts_typical(rows_.target(drafts_[i]), rows_.entropy(),
-                                            params_.typical_epsilon, params_.typical_delta)) {
-        return {i, rows_.argmax()};
-      }
-      if (is_eos(drafts_[i])) return {i + 1, -1};
-    }
-  }
-
-  // The token in the place of the rejected draft i. For a deterministic draft max(P p - q, 0) is
-  // P p without the draft.
-  MTP_HD int64_t recover(int64_t i, double prefix) {
-    const double u = draws_.uniform(i, Salt::kResidual);
-    return stochastic() ? rows_.sample_residual(u, prefix) : rows_.sample_without(u, drafts_[i]);
+  // The token in the place of the rejected draft i, or after the last one.
+  MTP_HD int64_t next(int64_t i, bool rejected_draft, double prefix) {
+    if (takes_best_) return rows_.argmax();
+    const double u = uniform(i, rejected_draft ? Salt::kResidual : Salt::kBonus);
+    const int64_t token = rejected_draft ? rows_.sample_residual(u, prefix, draft(i)) : -1;
+    return token >= 0 ? token : rows_.sample(u);  // p == q up to rounding, or p one-hot at the draft
   }
 
   MTP_HD Decision cut_at_eos(Decision decision) const {
     for (int64_t i = 0; i < decision.accepted; ++i) {
-      if (is_eos(drafts_[i])) return {i + 1, -1};
+      if (is_eos(draft(i))) return {i + 1, -1};
     }
     return decision;
   }
 
   Rows& rows_;
   const AcceptParams& params_;
-  const int64_t* drafts_;  // (max_draft)
-  int64_t num_draft_;
-  Draws draws_;
-  bool greedy_;
+  int64_t b_;
+  bool greedy_, takes_best_, stochastic_;
 };
 
 }  // namespace mtp

@@ -7,6 +7,7 @@
 #include "common/dtype.h"
 #include "common/macros.h"
 #include "common/simd_level.h"
+#include "common/status.h"
 
 namespace mtp {
 
@@ -81,5 +82,9 @@ inline void speculative_accept_cpu(const AcceptParams& params, int threads) {
 inline void sample_cpu(const SampleParams& params, int threads) {
   with_simd_level([&](auto level) { sample_batch<level.value>(params, threads); });
 }
+
+// On the current device, queued on `stream` (a cudaStream_t). Defined in cuda.cu.
+Status speculative_accept_cuda(const AcceptParams& params, void* stream);
+Status sample_cuda(const SampleParams& params, void* stream);
 
 }  // namespace mtp

@@ -13,6 +13,7 @@ namespace mtp {
 
 struct Device {
   int shared_per_block, shared_per_sm;  // bytes of shared memory, the most that can be asked for
+  int sms;  // streaming multiprocessors
   bool has_clusters;
 };
 
@@ -25,6 +26,7 @@ inline Status get_device(Device& device) {
   };
   attribute(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   attribute(device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  attribute(device.sms, cudaDevAttrMultiProcessorCount);
   attribute(clusters, cudaDevAttrClusterLaunch);
   device.has_clusters = clusters != 0;
   return cuda_status(error);

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_fast import _C
 from mtp_fast.ops import _common
 from mtp_fast.ops._sampling_arguments import (
     SAMPLING_NAMES,
@@ -125,11 +124,14 @@ def speculative_accept(
         An argument has the wrong type or dtype.
     ValueError
         A shape, device or value is not as described; the message names the argument.
-    NotImplementedError
-        The logits are on a device that this build has no kernel for.
+    RuntimeError
+        The logits are on a GPU and the build has no CUDA kernels, or CUDA refused the launch.
 
     Notes
     -----
+    On CUDA nothing waits for the device, so values of (B,) tensors are not known to be in range: a
+    sequence that has one out of it emits nothing.
+
     Draws come from Philox 4x32-10, keyed by (seed, position, index within the block, purpose).
     """
     target_logits = _check_logits("target_logits", target_logits, 3, "(B, K+1, V)")
@@ -217,7 +219,7 @@ def sample(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, RuntimeError
         As `speculative_accept`.
     """
     logits = _check_logits("logits", logits, 2, "(B, V)")
@@ -239,11 +241,8 @@ def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
         raise ValueError(f"{name}: expected shape {meaning}, got {tuple(logits.shape)}")
     if logits.shape[-1] == 0:
         raise ValueError(f"{name}: expected V >= 1 in {meaning}, got {tuple(logits.shape)}")
-    if logits.device.type != "cpu":
-        raise NotImplementedError(
-            f"{name}: this build of mtp_fast has no acceptance kernel for {logits.device.type} "
-            "tensors (see mtp_fast.build_info())"
-        )
+    if logits.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {logits.device}")
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
@@ -261,16 +260,20 @@ def _accept(
     return_logprobs: bool,
 ) -> AcceptResult:
     batch, rows, vocab = target_logits.shape
+    device = target_logits.device
     draft_tokens = draft_tokens.to(torch.int64).contiguous()
-    tokens = torch.empty((batch, rows), dtype=torch.int64)
-    num_tokens = torch.empty(batch, dtype=torch.int32)
-    num_accepted = torch.empty(batch, dtype=torch.int32)
-    logprobs = torch.empty((batch, rows)) if return_logprobs else None
+    tokens = torch.empty((batch, rows), dtype=torch.int64, device=device)
+    num_tokens = torch.empty(batch, dtype=torch.int32, device=device)
+    num_accepted = torch.empty(batch, dtype=torch.int32, device=device)
+    logprobs = (
+        torch.empty((batch, rows), dtype=torch.float32, device=device) if return_logprobs else None
+    )
     draft = (0, 0, 0)
     if draft_logits is not None:
         draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
-    fault = _C.speculative_accept(
-        torch.get_num_threads(),
+    fault = _common.call_kernel(
+        "speculative_accept",
+        target_logits,
         _common.DTYPE_CODES[target_logits.dtype],
         batch,
         rows - 1,
@@ -292,16 +295,17 @@ def _accept(
         num_accepted.data_ptr(),
         0 if logprobs is None else logprobs.data_ptr(),
     )
-    if fault[0]:
+    if fault is not None and fault[0]:
         raise_fault(fault, (*SAMPLING_NAMES, "num_draft"), (*sampling, num_draft))
     return AcceptResult(tokens, num_tokens, num_accepted, logprobs)
 
 
 def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
     batch, vocab = logits.shape
-    tokens = torch.empty(batch, dtype=torch.int64)
-    fault = _C.sample(
-        torch.get_num_threads(),
+    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    fault = _common.call_kernel(
+        "sample",
+        logits,
         _common.DTYPE_CODES[logits.dtype],
         batch,
         vocab,
@@ -311,7 +315,7 @@ def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
         index,
         tokens.data_ptr(),
     )
-    if fault[0]:
+    if fault is not None and fault[0]:
         raise_fault(fault, SAMPLING_NAMES, sampling)
     return tokens
 
@@ -333,7 +337,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mtp_fast::speculative_accept", "CPU")
+@torch.library.impl("mtp_fast::speculative_accept", ("CPU", "CUDA"))
 def _accept_op(
     target_logits: Tensor,
     draft_tokens: Tensor,
@@ -353,7 +357,9 @@ def _accept_op(
         num_draft=num_draft,
         **dict(zip(names, rest, strict=True)),
     )
-    logprobs = torch.empty(0) if result.logprobs is None else result.logprobs
+    logprobs = result.logprobs
+    if logprobs is None:
+        logprobs = torch.empty(0, dtype=torch.float32, device=target_logits.device)
     return result.tokens, result.num_tokens, result.num_accepted, logprobs
 
 
@@ -369,7 +375,7 @@ def _accept_fake(target_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.impl("mtp_fast::sample", "CPU")
+@torch.library.impl("mtp_fast::sample", ("CPU", "CUDA"))
 def _sample_op(logits: Tensor, *rest: Any) -> Tensor:
     return sample(logits, **dict(zip((*SAMPLING_NAMES, "index"), rest, strict=True)))
 

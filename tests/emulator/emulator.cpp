@@ -552,7 +552,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = settings.device.shared_per_sm;
       break;
     case cudaDevAttrMultiProcessorCount:
-      *value = 4;
+      *value = 32;
       break;
     case cudaDevAttrClusterLaunch:
       *value = settings.device.clusters;

@@ -14,6 +14,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -83,7 +84,13 @@ inline int __all_sync(unsigned mask, int predicate, MTP_PLACE) {
   return emulator::ballot(predicate != 0, mask, {file, line}) == 0xffffffffu;
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// Rounded as written: the compiler contracts nothing here.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 // Global memory.
 template <class T>

@@ -1,0 +1,138 @@
+// The histograms of the filters (filters.h) on a GPU: each block counts its tiles in shared memory,
+// then adds up the bins of all blocks of its cluster.
+#pragma once
+
+#include "acceptance/cuda_row.cuh"
+#include "acceptance/filters.h"
+
+namespace mtp {
+
+struct Bins {
+  static constexpr int kMax = 512;
+  unsigned long long mass[kMax], all_mass[kMax];  // of this block, of the cluster
+  unsigned count[kMax], all_count[kMax];
+};
+
+template <class T>
+class Histogram {
+ public:
+  __device__ Histogram(const Distribution<T>& d, Bins& bins, float* tile_counts)
+      : d_(d), bins_(bins), tile_counts_(tile_counts) {}
+
+  __device__ int max_bins() const { return Bins::kMax; }
+
+  __device__ void fill(const KeyRange& range, Measure measure) {
+    const Tiles& tiles = d_.tiles;
+    filled_ = range.bins;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    for (int i = thread; i < filled_; i += threads) bins_.mass[i] = bins_.count[i] = 0;
+    __syncthreads();
+    const float low = from_order_key<T>(range.low);
+    for (int tile = tiles.warp; tile < tiles.count; tile += tiles.warps) {
+      if (d_.scratch.max[tile] < low) continue;
+      for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)),
+                     static_cast<int>(tiles.end(tile)), [&](int id, float logit) {
+                       const float z = logit + 0.0f;  // -0 becomes 0
+                       if (z < low || !d_.keeps(id, z)) return;
+                       const uint32_t key = order_key<T>(z);
+                       if (key > range.high) return;
+                       const int bin = range.bin_of(key);
+                       atomicAdd(&bins_.count[bin], 1u);
+                       if (measure == Measure::kCount) return;
+                       const float units = d_.weight(z, d_.max) * kMassUnits;
+                       atomicAdd(&bins_.mass[bin], static_cast<unsigned long long>(units));
+                     });
+    }
+    tiles.cluster.sync();
+    for (int i = thread; i < filled_; i += threads) {
+      unsigned long long mass = 0;
+      unsigned count = 0;
+      for (int block = 0; block < tiles.cluster.size; ++block) {
+        mass += *tiles.cluster.map(&bins_.mass[i], block);
+        count += *tiles.cluster.map(&bins_.count[i], block);
+      }
+      bins_.all_mass[i] = mass;
+      bins_.all_count[i] = count;
+    }
+    tiles.cluster.sync();  // before anybody fills again, or ends
+  }
+
+  __device__ uint64_t mass() const {
+    unsigned long long sum = 0;
+    for (int i = d_.tiles.lane; i < filled_; i += kWarp) sum += bins_.all_mass[i];
+    return warp_reduce(sum, Sum{});
+  }
+
+  // By a whole warp: each lane has a run of neighbouring bins.
+  __device__ Crossing cross(const KeyRange& range, Measure measure, uint64_t target) const {
+    const auto of_bin = [&](int i) -> unsigned long long {
+      return measure == Measure::kMass ? bins_.all_mass[i] : bins_.all_count[i];
+    };
+    const int lane = d_.tiles.lane, run = (range.bins + kWarp - 1) / kWarp;
+    const int begin = lane * run;
+    const int end = begin + run < range.bins ? begin + run : range.bins;
+    unsigned long long through = 0;
+    for (int i = begin; i < end; ++i) through += of_bin(i);
+    const unsigned long long sum = through;
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const unsigned long long other = __shfl_up_sync(kFullMask, through, distance);
+      if (lane >= distance) through += other;
+    }
+    unsigned long long before = through - sum;
+    int bin = begin;
+    for (; bin < end; ++bin) {
+      if (before + of_bin(bin) >= target && bins_.all_count[bin] > 0) break;
+      before += of_bin(bin);
+    }
+    const unsigned crossed = __ballot_sync(kFullMask, bin < end);
+    if (crossed == 0) return {range.bins, 0, 0, 0};
+    const int first = __ffs(static_cast<int>(crossed)) - 1;
+    bin = __shfl_sync(kFullMask, bin, first);
+    return {bin, __shfl_sync(kFullMask, before, first), of_bin(bin), bins_.all_count[bin]};
+  }
+
+  __device__ float kth_largest_tile_max(int64_t k) const {
+    const int count = d_.tiles.count;
+    const float* max = d_.scratch.max;
+    float kth = -INFINITY;
+    for (int tile = d_.tiles.lane; tile < count && k <= count; tile += kWarp) {
+      int rank = 1;
+      for (int other = 0; other < count; ++other) {
+        rank += max[other] > max[tile] || (max[other] == max[tile] && other < tile);
+      }
+      if (rank == k) kth = max[tile];
+    }
+    return warp_reduce(kth, Max{});
+  }
+
+  __device__ int64_t nth_equal(float z, uint64_t n) {
+    const Tiles& tiles = d_.tiles;
+    const auto equals = [&](int id) { return clean<T>(to_float(load(d_.row + id))) == z; };
+    tiles.gather([&](int tile) {
+      int equal = 0;
+      if (d_.scratch.max[tile] >= z) {
+        for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)),
+                       static_cast<int>(tiles.end(tile)),
+                       [&](int, float logit) { equal += logit == z; });
+      }
+      tiles.publish(tile_counts_, tile, static_cast<float>(warp_reduce(equal, Sum{})));
+    });
+    const double short_of_n = static_cast<double>(n) - 0.5;
+    const Place tile =
+        find_place(tiles.count, short_of_n, [&](int i) -> double { return tile_counts_[i]; });
+    const int begin = static_cast<int>(tiles.begin(tile.index));
+    const int end = static_cast<int>(tiles.end(tile.index));
+    return begin + find_place(end - begin, short_of_n - tile.before, [&](int i) {
+                     return equals(begin + i) ? 1.0 : 0.0;
+                   }).index;
+  }
+
+ private:
+  const Distribution<T>& d_;
+  Bins& bins_;
+  float* tile_counts_;  // (kMaxTiles)
+  int filled_ = 0;
+};
+
+}  // namespace mtp

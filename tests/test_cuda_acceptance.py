@@ -1,0 +1,252 @@
+"""The CUDA acceptance kernels against the CPU's, on the emulator and, with `-m cuda`, on a GPU."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulator
+from mtp_fast.ops.acceptance import AcceptResult, sample, speculative_accept
+
+needs_emulator = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One batch, half of it greedy, ragged, some rows without a finite logit."""
+
+    vocab: int
+    dtype: torch.dtype = FLOAT
+    batch: int = 6
+    width: int = 2
+    rule: str = "exact"
+    stochastic: bool = False
+    filters: tuple[tuple[str, float], ...] = ()
+    coarse: bool = False  # few values, so that ties abound
+
+
+# One tile and many, one block and clusters of 2, 4 and 8, rows that are not aligned, each rule with
+# each kind of draft, each filter.
+TOP_K, TOP_P, MIN_P = ("top_k", 5), ("top_p", 0.8), ("min_p", 0.1)
+CASES = [
+    Case(1),
+    Case(7, BF16, stochastic=True),
+    Case(129, HALF, rule="block", stochastic=True),
+    Case(129, FLOAT, filters=(TOP_K,), coarse=True),
+    Case(300, BF16, rule="typical", filters=(TOP_P,)),
+    Case(1003, FLOAT, rule="block", filters=(TOP_P,), coarse=True),
+    Case(1003, BF16, stochastic=True, filters=(("top_k", 50), TOP_P, MIN_P)),
+    Case(2500, HALF, rule="typical", filters=(MIN_P,)),
+    Case(5003, FLOAT, batch=3, rule="block", stochastic=True, filters=(TOP_P,)),
+    Case(20011, BF16, batch=3, stochastic=True, filters=(("top_k", 200), ("top_p", 0.95))),
+    Case(20011, FLOAT, batch=3, rule="block", coarse=True, filters=(("top_k", 300),)),
+    Case(50257, BF16, batch=2, rule="block", stochastic=True),
+]
+
+
+def describe(value: object) -> str | None:
+    if not isinstance(value, Case):
+        return None
+    kept = [f"vocab={value.vocab}", str(value.dtype).removeprefix("torch."), value.rule]
+    kept += ["stochastic"] * value.stochastic + [name for name, _ in value.filters]
+    return "-".join(kept)
+
+
+def problem(case: Case) -> dict[str, Any]:
+    """The arguments of speculative_accept, on the CPU."""
+    random = torch.Generator().manual_seed(case.vocab)
+    shape = (case.batch, 2 * case.width + 1, case.vocab)
+    logits = torch.randn(shape, generator=random) * 2
+    if case.coarse:
+        logits = logits.mul(2).round() / 2
+    if case.batch > 3:
+        logits[1, case.width] = torch.nan
+        logits[2, :, ::3] = torch.nan
+        logits[3, 0, -1] = torch.inf
+        logits[3, 1, 0] = -torch.inf
+    logits = logits.to(case.dtype)
+    target, draft = logits[:, : case.width + 1], logits[:, case.width + 1 :]
+    temperature = torch.linspace(0.5, 1.5, case.batch)
+    temperature[::2] = 0
+    if case.batch < 4:
+        temperature[0] = 1.0
+    sampling = {
+        "temperature": temperature,
+        "seed": torch.arange(case.batch) - 1,
+        "position": torch.arange(case.batch) * 2**33,
+        **dict(case.filters),
+    }
+    best = target[:, :-1].float().nan_to_num(nan=-torch.inf).argmax(-1)
+    other = torch.randint(-1, case.vocab + 1, best.shape, generator=random)
+    drafts = torch.where(torch.rand(best.shape, generator=random) < 0.7, best, other)
+    if case.stochastic:
+        drafts = torch.stack(
+            [sample(draft[:, i], index=i, **sampling) for i in range(case.width)], 1
+        )
+    return {
+        "target_logits": target,
+        "draft_tokens": drafts,
+        "draft_logits": draft if case.stochastic else None,
+        "num_draft": torch.randint(0, case.width + 1, (case.batch,), generator=random).clamp_(
+            min=case.width if case.batch < 4 else 0
+        ),
+        "rule": case.rule,
+        "eos_token_id": 3,
+        "return_logprobs": True,
+        **sampling,
+    }
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+
+
+def run(arguments: dict[str, Any]) -> tuple[AcceptResult, Tensor]:
+    """The acceptance step, and tokens sampled from its first rows."""
+    sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
+    token = sample(arguments["target_logits"][:, 0], index=2, **sampling)
+    return speculative_accept(**arguments), token
+
+
+def check(got: tuple[AcceptResult, Tensor], expected: tuple[AcceptResult, Tensor]) -> None:
+    """Equal tokens: the backends add in other orders, but no draw of these is within rounding."""
+    assert torch.equal(got[0].num_tokens, expected[0].num_tokens)
+    assert torch.equal(got[0].num_accepted, expected[0].num_accepted)
+    assert torch.equal(got[0].tokens, expected[0].tokens)
+    torch.testing.assert_close(got[0].logprobs, expected[0].logprobs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.fixture
+def em():
+    loaded = emulator.load()
+    yield loaded
+    loaded.set_device(90)
+    loaded.set_schedule("forward")
+
+
+@contextmanager
+def emulated(em: emulator.Emulator) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        em.install(patch)
+        yield
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("capability", "schedule"), [(90, "forward"), (90, "shuffled"), (80, "reverse")]
+)
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_emulated_equals_cpu(em, case, capability, schedule):
+    arguments = problem(case)
+    expected = run(arguments)
+    em.set_device(capability)
+    em.set_schedule(schedule, seed=case.vocab)
+    with emulated(em):
+        check(run(arguments), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_cuda_equals_cpu(case):
+    arguments = problem(case)
+    expected = run(arguments)
+    on_device = {
+        name: value.cuda() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    result, token = run(on_device)
+    check((AcceptResult(*[field.cpu() for field in result]), token.cpu()), expected)
+
+
+@pytest.mark.cuda
+def test_step_is_captured_in_a_graph():
+    """The graph reads logits, seeds and positions where they were; only their values change."""
+    case = Case(5003, BF16, stochastic=True, filters=(TOP_P,))
+    first = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in problem(case).items()}
+    run(first)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, token = run(first)
+    for shift in (0, 5):
+        first["position"] += shift
+        first["target_logits"].copy_(first["target_logits"].roll(shift, -1))
+        graph.replay()
+        check((captured, token), run(first))
+
+
+@needs_emulator
+def test_one_sequence_is_split_over_a_cluster(em):
+    arguments = problem(Case(50257, BF16, batch=1, width=0))
+    for capability, cluster in [(90, 8), (80, 1)]:
+        em.set_device(capability)
+        counters = em.measure()
+        with emulated(em):
+            sample(arguments["target_logits"][:, 0])
+        assert (counters.launches, counters.cluster, counters.threads) == (1, cluster, 512)
+
+
+@needs_emulator
+@pytest.mark.parametrize("batch", [1, 7])
+def test_bytes_moved(em, batch):
+    """As the head of cuda.cu states them: a greedy row is read once, a sampled one twice."""
+    vocab, width = 50257, 3
+    logits = torch.randn(batch, width + 1, vocab).bfloat16()
+    drafts = logits[:, :-1].argmax(-1)
+    row, tile = 2 * vocab, 2 * 512
+    with emulated(em):
+        counters = em.measure()
+        speculative_accept(logits, drafts)
+        # A tile for each argmax, by each of the warps.
+        assert counters.read == pytest.approx(
+            batch * (width + 1) * (row + tile * counters.threads / 32 * counters.cluster), rel=0.05
+        )
+        rejected = torch.full_like(drafts, vocab)  # no draft at all: one row is judged
+        counters = em.measure()
+        speculative_accept(logits, rejected, temperature=1.0)
+        assert counters.read == pytest.approx(
+            batch * (2 * row + tile * counters.threads / 32 * counters.cluster), rel=0.05
+        )
+        assert counters.written == 0  # tokens and counts are not counted: a few bytes a sequence
+        assert counters.shared_bytes == 14848
+
+
+# A thread passes the same few barriers many times. The first times of each, every one matters;
+# later ones may wait for nothing, where what they guard has not changed.
+@needs_emulator
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_barrier_is_superfluous(em, capability):
+    cases = [
+        Case(20011, FLOAT, batch=1, rule="block", stochastic=True, filters=(TOP_P,)),
+        Case(20011, FLOAT, batch=1, coarse=True, filters=(("top_k", 300),)),
+    ]
+    em.set_device(capability)
+    visits, noticed = set(), set()
+    for case in cases:
+        arguments = problem(case)
+        expected = run(arguments)
+        with emulated(em):
+            em.forget_barriers()
+            check(run(arguments), expected)
+            for barrier in em.barriers():
+                visit = (barrier.site, barrier.visit)
+                # The launch itself is what the first one would wait for in a block alone.
+                if barrier.visit > 2 or (capability == 80 and visit == (0, 0)):
+                    continue
+                visits.add(visit)
+                for schedule in emulator.SCHEDULES:
+                    em.set_schedule(schedule)
+                    with em.without(barrier):
+                        try:
+                            check(run(arguments), expected)
+                        except (AssertionError, RuntimeError):
+                            noticed.add(visit)
+                em.set_schedule("forward")
+    assert len(visits) >= 5
+    assert noticed == visits
