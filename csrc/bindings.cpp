@@ -71,8 +71,8 @@ auto cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
   return [=](int threads, Args... args) { kernel(make(args...), threads); };
 }
 
-// The same for kernels whose arguments by sequence are checked first: returns the name of one that is
-// out of range and the sequence that has it, ("", 0) if there is none.
+// The same for kernels whose arguments by sequence are checked first: returns the name of one that
+// is out of range and the sequence that has it, ("", 0) if there is none.
 template <class Params, class... Args>
 auto checked_cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
   return [=](int threads, Args... args) -> std::pair<const char*, int64_t> {
@@ -156,8 +156,7 @@ SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t lo
                            int64_t batch_stride, uintptr_t temperatures, double temperature,
                            uintptr_t top_ks, int64_t top_k, uintptr_t top_ps, double top_p,
                            uintptr_t min_ps, double min_p, uintptr_t seeds, int64_t seed,
-                           uintptr_t positions, int64_t position, int64_t index,
-                           uintptr_t tokens) {
+                           uintptr_t positions, int64_t position, int64_t index, uintptr_t tokens) {
   SampleParams p{};
   p.logits = {pointer<const void>(logits), batch_stride, 0};
   p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,

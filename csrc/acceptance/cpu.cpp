@@ -35,8 +35,7 @@ bool read_filtered(Distribution<T>& d, const T* row, const SamplingParams& sampl
 // An id drawn from the distribution, whose sums must be there.
 template <class T>
 int64_t sample_from(const Distribution<T>& d, double u) {
-  return d.with_weight(
-      [&](const auto& weight) { return pick(d.tiles, d.scratch.sum, u, weight); });
+  return d.with_weight([&](const auto& weight) { return pick(d.tiles, d.scratch.sum, u, weight); });
 }
 
 // The rows of one sequence, as Judge (math.h) walks them.

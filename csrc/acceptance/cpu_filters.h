@@ -1,5 +1,5 @@
-// The histograms of the filters (filters.h) on the CPU. Tiles whose maximum lies below the range are
-// never read.
+// The histograms of the filters (filters.h) on the CPU. Tiles whose maximum lies below the range
+// are never read.
 #pragma once
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 // One row of logits as a distribution, on the CPU: its maximum, its weights exp((z - max) / T), the
 // sums of them and the draw of an id by inverse CDF.
 //
-// Every sum is made within a tile (math.h) and then over tiles in order, so results do not depend on
-// how tiles fall to threads. The maxima and sums of the tiles also let later passes skip tiles: the
-// search for an id reads one.
+// Every sum is made within a tile (math.h) and then over tiles in order, so results do not depend
+// on how tiles fall to threads. The maxima and sums of the tiles also let later passes skip tiles:
+// the search for an id reads one.
 #pragma once
 
 #include <algorithm>

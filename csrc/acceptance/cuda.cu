@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
   const Tiles tiles(p.vocab, cluster);
   Distribution<T> d(tiles, shared().target);
   int64_t token = -1;
-  if (out_of_range(p, b) == nullptr &&
-      read_filtered(d, p.logits.row<T>(b, 0), p.sampling, b)) {
+  if (out_of_range(p, b) == nullptr && read_filtered(d, p.logits.row<T>(b, 0), p.sampling, b)) {
     const Draws draws{p.sampling.seed[b], p.sampling.position[b]};
     token = p.sampling.temperature[b] == 0.0 ? d.argmax()
                                              : d.sample(draws.uniform(p.index, Salt::kDraft));
@@ -207,7 +206,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
   if (cluster.rank == 0 && threadIdx.x == 0) p.tokens[b] = token;
 }
 
-// One kernel over a batch: as many warps as a row has tiles, as far as the device has room for them.
+// One kernel over a batch: as many warps as a row has tiles, as far as the device has room for
+// them.
 template <class Traits, class Params>
 Status launch_sequences(void (*kernel)(Params), const Params& p, const Device& device,
                         void* stream) {
@@ -218,8 +218,8 @@ Status launch_sequences(void (*kernel)(Params), const Params& p, const Device& d
   const int tiles = Tiling(p.vocab).count;
   constexpr int kMaxWarps = Traits::kMaxThreads / kWarp;
   int cluster = 1;
-  while (clusters && device.has_clusters && cluster < kMaxCluster &&
-         tiles > kMaxWarps * cluster && 2 * p.batch * cluster <= device.sms) {
+  while (clusters && device.has_clusters && cluster < kMaxCluster && tiles > kMaxWarps * cluster &&
+         2 * p.batch * cluster <= device.sms) {
     cluster *= 2;
   }
   const int warps = tiles < kMaxWarps ? tiles : kMaxWarps;
@@ -233,8 +233,9 @@ Status dispatch(const Params& p, const F& launch_as) {
   Device device;
   const Status status = get_device(device);
   if (!status.ok()) return status;
-  return dispatch_dtype(
-      p.dtype, [&](auto storage) { return launch_as(AcceptanceTraits<decltype(storage)>{}, device); });
+  return dispatch_dtype(p.dtype, [&](auto storage) {
+    return launch_as(AcceptanceTraits<decltype(storage)>{}, device);
+  });
 }
 
 Status speculative_accept_cuda(const AcceptParams& p, void* stream) {

@@ -30,8 +30,8 @@ class Histogram {
     const float low = from_order_key<T>(range.low);
     for (int tile = tiles.warp; tile < tiles.count; tile += tiles.warps) {
       if (d_.scratch.max[tile] < low) continue;
-      for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)),
-                     static_cast<int>(tiles.end(tile)), [&](int id, float logit) {
+      for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)), static_cast<int>(tiles.end(tile)),
+                     [&](int id, float logit) {
                        const float z = logit + 0.0f;  // -0 becomes 0
                        if (z < low || !d_.keeps(id, z)) return;
                        const uint32_t key = order_key<T>(z);

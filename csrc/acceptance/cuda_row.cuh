@@ -198,8 +198,8 @@ struct Distribution {
     last_tie = static_cast<int>(tiles.vocab);
     scale = exponent_scale(temperature);
     tiles.gather([&](int tile) {
-      const float top = max_logit(row, static_cast<int>(tiles.begin(tile)),
-                                  static_cast<int>(tiles.end(tile)));
+      const float top =
+          max_logit(row, static_cast<int>(tiles.begin(tile)), static_cast<int>(tiles.end(tile)));
       tiles.publish(scratch.max, tile, top);
       if (!with_sums) return;
       // Relative to the tile's own maximum, while the tile is in the nearest cache.

@@ -109,7 +109,8 @@ class Filters {
         target = static_cast<uint64_t>(ceil(p * static_cast<double>(histogram_.mass())));
       }
       const Crossing crossing = histogram_.cross(range, measure, target);
-      if (crossing.bin == range.bins) {  // fewer than k are finite, or rounding keeps the mass short
+      if (crossing.bin ==
+          range.bins) {  // fewer than k are finite, or rounding keeps the mass short
         if (d_.floor < -kLargest<T>) d_.floor = -kLargest<T>;
         return;
       }

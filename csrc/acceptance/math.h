@@ -99,7 +99,9 @@ struct Tiling {
     count = static_cast<int>((vocab + size - 1) / size);
   }
   MTP_HD int64_t begin(int tile) const { return tile * size; }
-  MTP_HD int64_t end(int tile) const { return vocab < begin(tile) + size ? vocab : begin(tile) + size; }
+  MTP_HD int64_t end(int tile) const {
+    return vocab < begin(tile) + size ? vocab : begin(tile) + size;
+  }
 };
 
 // Maxima and sums of a row's tiles.
@@ -225,8 +227,8 @@ class Judge {
   // Of the block rule: h_i, by what the next row leaves. For a deterministic draft
   // max(P p - q, 0) is P p without the draft.
   MTP_HD double threshold(int64_t i, double prefix) {
-    const double mass = stochastic_ ? rows_.residual_mass(prefix)
-                                    : prefix * (1.0 - rows_.target(draft(i)));
+    const double mass =
+        stochastic_ ? rows_.residual_mass(prefix) : prefix * (1.0 - rows_.target(draft(i)));
     return block_threshold(prefix, mass);
   }
 
@@ -244,7 +246,8 @@ class Judge {
     if (takes_best_) return rows_.argmax();
     const double u = uniform(i, rejected_draft ? Salt::kResidual : Salt::kBonus);
     const int64_t token = rejected_draft ? rows_.sample_residual(u, prefix, draft(i)) : -1;
-    return token >= 0 ? token : rows_.sample(u);  // p == q up to rounding, or p one-hot at the draft
+    return token >= 0 ? token
+                      : rows_.sample(u);  // p == q up to rounding, or p one-hot at the draft
   }
 
   MTP_HD Decision cut_at_eos(Decision decision) const {

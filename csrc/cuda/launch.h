@@ -13,7 +13,7 @@ namespace mtp {
 
 struct Device {
   int shared_per_block, shared_per_sm;  // bytes of shared memory, the most that can be asked for
-  int sms;  // streaming multiprocessors
+  int sms;                              // streaming multiprocessors
   bool has_clusters;
 };
 
