@@ -40,13 +40,14 @@ CASES: dict[str, tuple[dict[str, Any], bool, float]] = {
 class Problem:
     """Logits that accept every draft, so that all rows are judged whatever the draws."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, shape: tuple[int, int, int], device: str = "cpu") -> None:
         batch, width, vocab = shape
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(batch, width + 1, vocab, generator=generator) * 2
-        self.drafts = torch.randint(0, vocab, (batch, width), generator=generator)
-        best = torch.cat([self.drafts, self.drafts[:, :1]], 1)
-        self.target = logits.scatter(-1, best.unsqueeze(-1), 40.0).to(dtype)
+        drafts = torch.randint(0, vocab, (batch, width), generator=generator)
+        best = torch.cat([drafts, drafts[:, :1]], 1)
+        self.drafts = drafts.to(device)
+        self.target = logits.scatter(-1, best.unsqueeze(-1), 40.0).bfloat16().to(device)
         self.draft = self.target[:, :-1].clone()
 
     def bound(self) -> Tensor:
@@ -89,9 +90,9 @@ def eager(problem: Problem, stochastic: bool, sampling: dict[str, Any], by_topk:
             q_draft = q.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
         else:
             q_draft = torch.ones_like(p_draft)
-        accepts = torch.rand(batch, width) * q_draft < p_draft
+        accepts = torch.rand_like(p_draft) * q_draft < p_draft
         count = accepts.long().cumprod(-1).sum(-1)
-        row = torch.arange(batch)
+        row = torch.arange(batch, device=drafts.device)
         left = p[row, count]
         rejected = count < width
         if rejected.any():
@@ -103,7 +104,8 @@ def eager(problem: Problem, stochastic: bool, sampling: dict[str, Any], by_topk:
             left = torch.where(rejected.unsqueeze(1), (left - minus).clamp_min(0), left)
         following = left.multinomial(1)
     tokens = torch.cat([drafts, drafts[:, :1]], 1).scatter(1, count.unsqueeze(1), following)
-    return tokens.masked_fill(torch.arange(width + 1) > count.unsqueeze(1), -1)
+    columns = torch.arange(width + 1, device=drafts.device)
+    return tokens.masked_fill(columns > count.unsqueeze(1), -1)
 
 
 def transformers_rows(problem: Problem, sampling: dict[str, Any]) -> Tensor:

@@ -1,8 +1,10 @@
-"""The losses on a GPU: against a measured copy and GEMM ceiling, eager PyTorch and the peers.
+"""The ops on a GPU: against a measured copy and GEMM ceiling, eager PyTorch and the peers.
 
 The row kernel moves 2 s V bytes a row (one read and one write of V logits of s bytes); its ceiling
 is a device copy of as many bytes. The linear loss makes 6 N d V FLOPs; its ceiling is the three
-GEMMs alone. Writes JSON to the path in the first argument.
+GEMMs alone. The acceptance step reads each judged row once from memory; its ceiling is torch's
+maximum of the same bytes, and it is timed as a replayed CUDA graph too. Writes JSON to the path in
+the first argument.
 """
 
 import importlib.util
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import bench_acceptance
 import mtp_fast
 from mtp_fast.ops import reference
 
@@ -114,8 +117,52 @@ def linear_loss(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> list[dic
     return results
 
 
+def acceptance(batch: int, case: str) -> list[dict[str, Any]]:
+    """One step over B x 4 rows of 128256 logits, all of them judged."""
+    problem = bench_acceptance.Problem((batch, 3, 128_256), "cuda")
+    runs = bench_acceptance.competitors(problem, case)
+    bench_acceptance.check(runs, problem)
+    runs.pop("transformers", None)  # waits for the device: its time would be the host's
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = runs["mtp_fast"]()
+    expected = runs["mtp_fast"]()
+    captured.zero_()
+    graph.replay()
+    if not torch.equal(captured, expected):
+        raise RuntimeError("the replayed graph gives other tokens")
+    runs["mtp_fast, graph"] = graph.replay
+    if importlib.util.find_spec("flashinfer") and case == "sampled, draft logits":
+        from flashinfer.sampling import chain_speculative_sampling
+
+        # It takes probabilities, so the softmax belongs to its time.
+        runs["flashinfer"] = lambda: chain_speculative_sampling(
+            problem.draft.float().softmax(-1),
+            problem.drafts.int(),
+            problem.target.float().softmax(-1),
+        )
+    moved = problem.target.nbytes
+    if bench_acceptance.CASES[case][1]:
+        moved += problem.draft.nbytes
+    results = []
+    for name, run in runs.items():
+        entry: dict[str, Any] = {"bench": f"acceptance B={batch}, {case}", "name": name}
+        try:
+            entry["ms"] = milliseconds(run)
+            entry["GB/s"] = moved / entry["ms"] / 1e6
+        except Exception as error:  # a peer that fails must not end the bench
+            if name.startswith("mtp_fast"):
+                raise
+            entry["error"] = repr(error)[:200]
+        results.append(entry)
+    return results
+
+
 def main() -> None:
     results = []
+    for batch in (1, 32, 128):
+        for case in bench_acceptance.CASES:
+            results += acceptance(batch, case)
     for vocab in (32_000, 50_257, 128_256):
         results += row_kernel(8192, vocab, torch.bfloat16)
     results += row_kernel(4096, 50_257, torch.float32)

@@ -23,9 +23,16 @@ python -m pytest -q -m cuda
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      python -m pytest -q -x -m cuda tests/test_cuda_cross_entropy.py -k 'vocab=1003 or vocab=49152'
+      python -m pytest -q -x -m cuda tests/test_cuda_cross_entropy.py tests/test_cuda_acceptance.py \
+      -k 'vocab=1003 or vocab=49152 or vocab=20011'
   done
 else
   echo "gpu.sh: compute-sanitizer is not installed: memcheck and racecheck are left out" >&2
 fi
-timeout 300 python bench/gpu.py "$out"
+if command -v ncu >/dev/null; then  # needs the right to read counters, which not every host gives
+  timeout 60 ncu --kernel-name regex:cross_entropy_kernel --launch-count 3 \
+    --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum \
+    python -m pytest -q -m cuda tests/test_cuda_cross_entropy.py -k vocab=128256 ||
+    echo "gpu.sh: ncu did not run: its metrics are left out" >&2
+fi
+timeout 280 python bench/gpu.py "$out"
