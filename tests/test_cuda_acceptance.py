@@ -47,6 +47,9 @@ CASES = [
     Case(20011, BF16, batch=3, stochastic=True, filters=(("top_k", 200), ("top_p", 0.95))),
     Case(20011, FLOAT, batch=3, rule="block", coarse=True, filters=(("top_k", 300),)),
     Case(50257, BF16, batch=2, rule="block", stochastic=True),
+    Case(129, BF16, batch=30, filters=(("top_k", 1),)),
+    Case(300, HALF, batch=30, filters=(("top_k", 2),), coarse=True),
+    Case(70_001, FLOAT, batch=2),
 ]
 
 
@@ -64,7 +67,7 @@ def problem(case: Case) -> dict[str, Any]:
     shape = (case.batch, 2 * case.width + 1, case.vocab)
     logits = torch.randn(shape, generator=random) * 2
     if case.coarse:
-        logits = logits.mul(2).round() / 2
+        logits = (logits.mul(2).round() / 2).clamp(max=3)
     if case.batch > 3:
         logits[1, case.width] = torch.nan
         logits[2, :, ::3] = torch.nan

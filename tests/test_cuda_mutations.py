@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation(ROW, "(lane < body - begin)", "(lane < body - begin - 1)"),
     Mutation(ROW, "(lane < end - tail)", "(lane < end - tail - 1)"),
     Mutation(ROW, "first += kBatch * kWarp", "first += 2 * kBatch * kWarp"),
-    Mutation(ROW, "cluster.rank * in_block", "cluster.rank + in_block"),
+    Mutation(ROW, "cluster.rank * warps", "cluster.rank + warps"),
     Mutation(ROW, "lane < cluster.size)", "lane < cluster.size - 1)"),
     # Its searches.
     Mutation(
@@ -89,7 +89,7 @@ MUTATIONS = [
     Mutation(ROW, "z == max && id < best", "z == max"),
     Mutation(ROW, "id <= last_tie", "id < last_tie"),
     Mutation(ROW, "weight(scratch.max[tile], max))", "1.0f)"),
-    Mutation(FILTERS, "block < tiles.cluster.size", "block < 1"),
+    Mutation(FILTERS, "block < cluster.size", "block < 1"),
     Mutation(FILTERS, "if (key > range.high) return;", ""),
     Mutation(FILTERS, "before + of_bin(bin) >= target", "before + of_bin(bin) > target"),
     Mutation(FILTERS, "other < tile)", "other > tile)"),
@@ -98,11 +98,11 @@ MUTATIONS = [
     Mutation(ACCEPTANCE, "Lane(q) * Lane(on_q)", "Lane(q) * Lane(on_p)"),
     Mutation(LANE, "return x * power(half) * power(whole - half)", "return x * power(half)"),
     # Its barriers, each line of them.
-    Mutation(ROW, "cluster.sync();\n    for", "for"),
-    Mutation(ROW, "f(tile);\n    cluster.sync();", "f(tile);"),
+    Mutation(ROW, "cluster.sync();\n    for_mine", "for_mine"),
+    Mutation(ROW, "for_mine(f);\n    cluster.sync();", "for_mine(f);"),
     Mutation(FILTERS, "__syncthreads();", ""),
-    Mutation(FILTERS, "tiles.cluster.sync();\n", "\n"),
-    Mutation(FILTERS, "tiles.cluster.sync();  //", "//"),
+    Mutation(FILTERS, "cluster.sync();\n", "\n"),
+    Mutation(FILTERS, "cluster.sync();  //", "//"),
 ]
 
 

@@ -124,8 +124,9 @@ class Rows {
       float sum = 0.0f;
       if (shared().target.max[tile] >= target_.floor) {  // no weight without p's
         const int end = static_cast<int>(tiles_.end(tile));
-#pragma unroll 4
-        for (int id = static_cast<int>(tiles_.begin(tile)) + tiles_.lane; id < end; id += kWarp) {
+#pragma unroll 1
+        for (int id = static_cast<int>(tiles_.begin(tile)) + lane_in_warp(); id < end;
+             id += kWarp) {
           sum += weight(id);
         }
       }
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
   const int64_t b = static_cast<int64_t>(blockIdx.x) / cluster.size;
   const int64_t width = p.max_draft + 1;
   const int64_t* drafts = p.draft_tokens + b * p.max_draft;
-  const Tiles tiles(p.vocab, cluster);
+  const Tiles tiles(p.vocab);
   Rows<T> rows(p, b, tiles);
   Decision decision{0, -1};
   if (out_of_range(p, b) == nullptr) decision = Judge<Rows<T>>(rows, p, b).decide();
@@ -178,11 +179,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
     p.num_tokens[b] = static_cast<int32_t>(emitted);
     p.num_accepted[b] = static_cast<int32_t>(decision.accepted);
   }
+#pragma unroll 1
   for (int64_t i = threadIdx.x; writes && i < width; i += blockDim.x) {
     p.tokens[b * width + i] = i < emitted ? token(i) : p.pad_token;
     if (p.logprobs && i >= emitted) p.logprobs[b * width + i] = 0.0f;
   }
   if (p.logprobs == nullptr) return;
+#pragma unroll 1
   for (int64_t i = 0; i < emitted; ++i) {
     const float logprob = rows.log_probability(i, token(i));
     if (writes && threadIdx.x == 0) p.logprobs[b * width + i] = logprob;
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
   using T = typename Traits::Storage;
   const Cluster cluster = Cluster::current();
   const int64_t b = static_cast<int64_t>(blockIdx.x) / cluster.size;
-  const Tiles tiles(p.vocab, cluster);
+  const Tiles tiles(p.vocab);
   Distribution<T> d(tiles, shared().target);
   int64_t token = -1;
   if (out_of_range(p, b) == nullptr && read_filtered(d, p.logits.row<T>(b, 0), p.sampling, b)) {

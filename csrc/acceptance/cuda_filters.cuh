@@ -25,11 +25,12 @@ class Histogram {
     const Tiles& tiles = d_.tiles;
     filled_ = range.bins;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
     for (int i = thread; i < filled_; i += threads) bins_.mass[i] = bins_.count[i] = 0;
     __syncthreads();
     const float low = from_order_key<T>(range.low);
-    for (int tile = tiles.warp; tile < tiles.count; tile += tiles.warps) {
-      if (d_.scratch.max[tile] < low) continue;
+    tiles.for_mine([&](int tile) {
+      if (d_.scratch.max[tile] < low) return;
       for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)), static_cast<int>(tiles.end(tile)),
                      [&](int id, float logit) {
                        const float z = logit + 0.0f;  // -0 becomes 0
@@ -42,24 +43,28 @@ class Histogram {
                        const float units = d_.weight(z, d_.max) * kMassUnits;
                        atomicAdd(&bins_.mass[bin], static_cast<unsigned long long>(units));
                      });
-    }
-    tiles.cluster.sync();
+    });
+    const Cluster cluster = Cluster::current();
+    cluster.sync();
+#pragma unroll 1
     for (int i = thread; i < filled_; i += threads) {
       unsigned long long mass = 0;
       unsigned count = 0;
-      for (int block = 0; block < tiles.cluster.size; ++block) {
-        mass += *tiles.cluster.map(&bins_.mass[i], block);
-        count += *tiles.cluster.map(&bins_.count[i], block);
+#pragma unroll 1
+      for (int block = 0; block < cluster.size; ++block) {
+        mass += *cluster.map(&bins_.mass[i], block);
+        count += *cluster.map(&bins_.count[i], block);
       }
       bins_.all_mass[i] = mass;
       bins_.all_count[i] = count;
     }
-    tiles.cluster.sync();  // before anybody fills again, or ends
+    cluster.sync();  // before anybody fills again, or ends
   }
 
   __device__ uint64_t mass() const {
     unsigned long long sum = 0;
-    for (int i = d_.tiles.lane; i < filled_; i += kWarp) sum += bins_.all_mass[i];
+#pragma unroll 1
+    for (int i = lane_in_warp(); i < filled_; i += kWarp) sum += bins_.all_mass[i];
     return warp_reduce(sum, Sum{});
   }
 
@@ -68,10 +73,11 @@ class Histogram {
     const auto of_bin = [&](int i) -> unsigned long long {
       return measure == Measure::kMass ? bins_.all_mass[i] : bins_.all_count[i];
     };
-    const int lane = d_.tiles.lane, run = (range.bins + kWarp - 1) / kWarp;
+    const int lane = lane_in_warp(), run = (range.bins + kWarp - 1) / kWarp;
     const int begin = lane * run;
     const int end = begin + run < range.bins ? begin + run : range.bins;
     unsigned long long through = 0;
+#pragma unroll 1
     for (int i = begin; i < end; ++i) through += of_bin(i);
     const unsigned long long sum = through;
 #pragma unroll
@@ -81,6 +87,7 @@ class Histogram {
     }
     unsigned long long before = through - sum;
     int bin = begin;
+#pragma unroll 1
     for (; bin < end; ++bin) {
       if (before + of_bin(bin) >= target && bins_.all_count[bin] > 0) break;
       before += of_bin(bin);
@@ -96,8 +103,10 @@ class Histogram {
     const int count = d_.tiles.count;
     const float* max = d_.scratch.max;
     float kth = -INFINITY;
-    for (int tile = d_.tiles.lane; tile < count && k <= count; tile += kWarp) {
+#pragma unroll 1
+    for (int tile = lane_in_warp(); tile < count && k <= count; tile += kWarp) {
       int rank = 1;
+#pragma unroll 1
       for (int other = 0; other < count; ++other) {
         rank += max[other] > max[tile] || (max[other] == max[tile] && other < tile);
       }

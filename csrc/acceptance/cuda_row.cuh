@@ -21,6 +21,8 @@ __device__ inline float clean(float z) {
   return z > -INFINITY ? fminf(z, kLargest<T>) : -INFINITY;
 }
 
+__device__ inline int lane_in_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
+
 // Reductions that do not depend on the order of their operands leave the same bits in all lanes.
 struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -38,7 +40,7 @@ struct Sum {
 // Calls f(id, z) for this lane's share of the logits [begin, end).
 template <class T, class F>
 __device__ inline void for_each_logit(const T* row, int begin, int end, const F& f) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_in_warp();
 #pragma unroll 1
   for (int id = begin + lane; id < end; id += kWarp) f(id, clean<T>(to_float(load(row + id))));
 }
@@ -47,8 +49,8 @@ __device__ inline void for_each_logit(const T* row, int begin, int end, const F&
 // 16-byte vectors from the first aligned one on, a batch of them in flight.
 template <class T>
 __device__ inline float max_logit(const T* row, int begin, int end) {
-  constexpr int kBatch = 4;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  constexpr int kBatch = 2;
+  const int lane = lane_in_warp();
   const int misaligned =
       static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(T));
   int body = begin + (misaligned == 0 ? 0 : kPack<T> - misaligned);
@@ -79,27 +81,34 @@ __device__ inline float max_logit(const T* row, int begin, int end) {
   return fminf(warp_reduce(top, Max{}), kLargest<T>);
 }
 
-// A row's tiles, and this warp's place among the warps that share them.
+// A row's tiles, and the warps that share them. What the hardware knows is asked of it again and
+// again: registers are few.
 struct Tiles : Tiling {
-  Cluster cluster;
-  int lane, warp, warps;
+  __device__ explicit Tiles(int64_t vocab) : Tiling(vocab) {}
 
-  __device__ Tiles(int64_t vocab, const Cluster& cluster) : Tiling(vocab), cluster(cluster) {
-    const int in_block = static_cast<int>(blockDim.x) / kWarp;
-    lane = static_cast<int>(threadIdx.x) % kWarp;
-    warp = cluster.rank * in_block + static_cast<int>(threadIdx.x) / kWarp;
-    warps = cluster.size * in_block;
+  // f(tile) for this warp's share.
+  template <class F>
+  __device__ void for_mine(const F& f) const {
+    const Cluster cluster = Cluster::current();
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int warp = cluster.rank * warps + static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll 1
+    for (int tile = warp; tile < count; tile += cluster.size * warps) f(tile);
   }
 
-  // array[tile] = of_tile(tile) in every block's shared memory. Before it, all warps are done with
-  // what the array held; after it, all see what it holds.
+  // The same where f publishes a value of the tile. Before it, all warps are done with what the
+  // array held; after it, all see what it holds.
   template <class F>
   __device__ void gather(const F& f) const {
+    const Cluster cluster = Cluster::current();
     cluster.sync();
-    for (int tile = warp; tile < count; tile += warps) f(tile);
+    for_mine(f);
     cluster.sync();
   }
-  __device__ void publish(float* array, int tile, float value) const {
+  // array[tile] = value in every block's shared memory.
+  __device__ static void publish(float* array, int tile, float value) {
+    const Cluster cluster = Cluster::current();
+    const int lane = lane_in_warp();
     if (lane < cluster.size) *cluster.map(array + tile, lane) = value;
   }
 };
@@ -114,11 +123,12 @@ struct Place {
 
 template <class F>
 __device__ inline Place find_place(int count, double target, const F& value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_in_warp();
   const int run = (count + kWarp - 1) / kWarp;
   const int begin = lane * run < count ? lane * run : count;
   const int end = begin + run < count ? begin + run : count;
   double sum = 0.0;
+#pragma unroll 1
   for (int i = begin; i < end; ++i) sum += value(i);
   double through = sum;  // sums of this run and those before it
 #pragma unroll
@@ -136,6 +146,7 @@ __device__ inline Place find_place(int count, double target, const F& value) {
   Place place{-1, before};
   if (lane == chosen) {
     double running = before;
+#pragma unroll 1
     for (int i = begin; i < end && running <= target; ++i) {
       const double here = value(i);
       if (here <= 0.0) continue;
@@ -151,9 +162,10 @@ __device__ inline Place find_place(int count, double target, const F& value) {
 // The sum of `count` numbers, by a whole warp and in the order of find_place.
 template <class F>
 __device__ inline double sum_of(int count, const F& value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_in_warp();
   const int run = (count + kWarp - 1) / kWarp;
   double sum = 0.0;
+#pragma unroll 1
   for (int i = lane * run; i < (lane + 1) * run && i < count; ++i) sum += value(i);
   return warp_reduce(sum, Sum{});
 }
@@ -208,7 +220,8 @@ struct Distribution {
       tiles.publish(scratch.sum, tile, warp_reduce(sum, Sum{}));
     });
     max = -INFINITY;
-    for (int tile = tiles.lane; tile < tiles.count; tile += kWarp) {
+#pragma unroll 1
+    for (int tile = lane_in_warp(); tile < tiles.count; tile += kWarp) {
       max = fmaxf(max, scratch.max[tile]);
     }
     max = warp_reduce(max, Max{});
@@ -219,7 +232,8 @@ struct Distribution {
   // Lowest id of the largest logit.
   __device__ int64_t argmax() const {
     int first = INT_MAX;
-    for (int tile = tiles.lane; tile < tiles.count; tile += kWarp) {
+#pragma unroll 1
+    for (int tile = lane_in_warp(); tile < tiles.count; tile += kWarp) {
       if (scratch.max[tile] == max && tile < first) first = tile;
     }
     first = warp_reduce(first, Min{});

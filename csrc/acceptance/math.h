@@ -90,15 +90,15 @@ MTP_HD F exp2_of_nonpositive(F t) {
 constexpr int kMaxTiles = 128;
 
 struct Tiling {
-  int64_t vocab, size;
-  int count;
+  int64_t vocab;
+  int size, count;
 
   MTP_HD explicit Tiling(int64_t vocab) : vocab(vocab) {
     constexpr int64_t kUnit = 128;
-    size = kUnit * ((vocab + kUnit * kMaxTiles - 1) / (kUnit * kMaxTiles));
+    size = static_cast<int>(kUnit * ((vocab + kUnit * kMaxTiles - 1) / (kUnit * kMaxTiles)));
     count = static_cast<int>((vocab + size - 1) / size);
   }
-  MTP_HD int64_t begin(int tile) const { return tile * size; }
+  MTP_HD int64_t begin(int tile) const { return int64_t{tile} * size; }
   MTP_HD int64_t end(int tile) const {
     return vocab < begin(tile) + size ? vocab : begin(tile) + size;
   }
