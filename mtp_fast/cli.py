@@ -21,6 +21,7 @@ from mtp_fast.training import (
     Trainer,
     default_precision,
 )
+from mtp_fast.training.distributed import process_rank, torchrun_group
 
 CLI_EXTRA = ("matplotlib", "rich", "safetensors")
 EXIT_BAD_INPUT = 2
@@ -92,6 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--context", type=int, default=defaults.context)
     loop.add_argument("--accumulation", type=int, default=defaults.accumulation)
     loop.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    loop.add_argument(
+        "--head-weights", type=_numbers, metavar="W,...", help="weight of each head's loss"
+    )
+    loop.add_argument(
+        "--head-weights-warmup",
+        type=float,
+        default=defaults.head_weights_warmup,
+        metavar="SHARE",
+        help="share of the run in which the later heads' weights rise from 0",
+    )
+    loop.add_argument("--head-dropout", type=_numbers, metavar="P,...", help="dropout of each head")
+    loop.add_argument(
+        "--dropout-warmup",
+        type=float,
+        default=defaults.dropout_warmup,
+        metavar="SHARE",
+        help="share of the run in which dropout rises from 0",
+    )
     loop.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
     loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
     loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
@@ -134,6 +153,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers as 1,0.5, got {text!r}") from error
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -156,19 +183,28 @@ def _demo(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from mtp_fast.terminal import TrainingProgress
 
-    trainer = _resumed_trainer(args) if args.resume is not None else _new_trainer(args)
-    with TrainingProgress(trainer) as progress:
-        finished = trainer.run(progress.report)
-    if not finished:
-        print(f"stopped; go on with: mtp-fast train --resume {trainer.directory}")
-        return EXIT_INTERRUPTED
-    print(f"checkpoint: {trainer.directory}")
-    return 0
+    with torchrun_group(_device(args.device)) as device:
+        make = _new_trainer if args.resume is None else _resumed_trainer
+        trainer = make(args, device)
+        if process_rank() == 0:
+            with TrainingProgress(trainer) as progress:
+                finished = trainer.run(progress.report)
+            print(
+                f"checkpoint: {trainer.directory}"
+                if finished
+                else f"stopped; go on with: mtp-fast train --resume {trainer.directory}"
+            )
+        else:
+            finished = trainer.run()
+    return 0 if finished else EXIT_INTERRUPTED
 
 
-def _new_trainer(args: argparse.Namespace) -> Trainer:
-    device = _device(args.device)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+def _new_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
+    if (
+        process_rank() == 0
+        and args.out.exists()
+        and (not args.out.is_dir() or any(args.out.iterdir()))
+    ):
         raise ValueError(f"--out {args.out} is in use; take another, or --resume it")
     if args.steps is None and args.minutes is None:
         raise ValueError("give --steps or --minutes")
@@ -190,6 +226,10 @@ def _new_trainer(args: argparse.Namespace) -> Trainer:
         context=args.context,
         accumulation=args.accumulation,
         learning_rate=args.learning_rate,
+        head_weights=args.head_weights,
+        head_weights_warmup=args.head_weights_warmup,
+        head_dropout=args.head_dropout,
+        dropout_warmup=args.dropout_warmup,
         weight_decay=args.weight_decay,
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
@@ -202,15 +242,16 @@ def _new_trainer(args: argparse.Namespace) -> Trainer:
     torch.manual_seed(args.seed)
     model = MTPTransformer(model_config).to(device)
     trainer = Trainer(model, config, train_tokens, validation_tokens, args.out)
-    corpus.save(args.out)
+    if process_rank() == 0:
+        corpus.save(args.out)
     return trainer
 
 
-def _resumed_trainer(args: argparse.Namespace) -> Trainer:
+def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     if args.files:
         raise ValueError("--resume goes on with the files of its run; give none")
     train_tokens, validation_tokens = Corpus.load(args.resume).read()
-    return Trainer.resume(args.resume, train_tokens, validation_tokens, _device(args.device))
+    return Trainer.resume(args.resume, train_tokens, validation_tokens, device)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -223,6 +223,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"precision": "int8"}, "precision must be"),
         ({"warmup": 1.0}, "warmup must be in"),
+        ({"head_weights_warmup": 1.5}, r"head_weights_warmup must be in \[0, 1\], got 1.5"),
+        ({"dropout_warmup": -0.1}, "dropout_warmup must be in"),
+        ({"head_weights": (1.0, -1.0, 1.0)}, "head_weights must be finite and not negative"),
+        ({"head_weights": (1.0, float("nan"), 1.0)}, "head_weights must be finite"),
+        ({"head_dropout": (0.0, 1.0, 0.0)}, r"head_dropout must be in \[0, 1\)"),
     ],
 )
 def test_train_config_rejects(changes, message):
@@ -233,6 +238,42 @@ def test_train_config_rejects(changes, message):
 def test_trainer_rejects_a_context_beyond_the_model(tmp_path):
     with pytest.raises(ValueError, match="context=65 exceeds the model's max_seq_len=64"):
         new_trainer(tmp_path, context=65)
+
+
+@pytest.mark.parametrize("name", ["head_weights", "head_dropout"])
+def test_trainer_rejects_a_list_of_another_length(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 heads, got 2"):
+        new_trainer(tmp_path, **{name: (0.5, 0.5)})
+
+
+def test_later_heads_weights_warm_in(tmp_path):
+    trainer = new_trainer(tmp_path, head_weights=(1.0, 0.5, 0.2), head_weights_warmup=0.5)
+    module, seen = trainer._loss, []
+    trainer._loss = lambda tokens, weights: seen.append(weights) or module(tokens, weights)
+    head = trainer.model.heads[1].attention.qkv.weight
+    before = head.clone()
+    trainer.train_step()
+    assert torch.equal(head, before)  # no gradient, and at a learning rate of 0 no decay
+    assert trainer.run()
+    expected = [[1.0, 0.5 * f, 0.2 * f] for f in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    assert not torch.equal(head, before)
+
+
+def test_dropout_warms_in_globally_or_by_head(tmp_path):
+    model = new_model(dropout=0.4)
+    trainer = new_trainer(tmp_path, model, head_dropout=(0.0, 0.1, 0.2), dropout_warmup=0.5)
+    for step in range(6):
+        trainer.train_step()
+        factor = min(1.0, step / 4)
+        assert model.dropout == pytest.approx(0.4 * factor)
+        assert model.trunk.blocks[0].dropout == pytest.approx(0.4 * factor)
+        of_heads = [head.dropout for head in model.heads]
+        assert of_heads == pytest.approx([0.0, 0.1 * factor, 0.2 * factor])
+    trainer.save()
+    resumed = Trainer.resume(tmp_path, random_tokens(), random_tokens())
+    assert resumed.config == trainer.config
+    assert resumed.train_step().loss == trainer.train_step().loss
 
 
 def test_matrices_decay_and_norms_do_not(tmp_path):

@@ -8,12 +8,13 @@ from mtp_fast.training.loop import (
     default_precision,
     read_metrics,
 )
-from mtp_fast.training.loss import multi_token_loss
+from mtp_fast.training.loss import MultiTokenLoss, multi_token_loss
 
 __all__ = [
     "BYTE_VOCAB_SIZE",
     "SEPARATOR",
     "Corpus",
+    "MultiTokenLoss",
     "StepMetrics",
     "TrainConfig",
     "Trainer",

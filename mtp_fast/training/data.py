@@ -135,6 +135,10 @@ class Windows:
         self._tokens, self._batch_size, self._length = tokens, batch_size, length
         self._seed = seed
 
+    def __len__(self) -> int:
+        """Return how many tokens the windows are drawn from."""
+        return len(self._tokens)
+
     def batch(self, index: int) -> Tensor:
         """Return batch number `index`: (batch_size, length) int64."""
         # A generator a batch, so that a resumed run needs no generator's state.
