@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 import weakref
 
 import numpy as np
@@ -20,6 +21,7 @@ from mtp_fast.training import (
     Trainer,
     Windows,
     default_precision,
+    load_corpus,
     multi_token_loss,
     read_metrics,
 )
@@ -185,10 +187,10 @@ def test_corpus_splits_by_file_and_closes_documents(tmp_path):
     assert documents == [*(file.read_bytes() for file in validation), b""]
 
     corpus.save(tmp_path / "run")
-    assert Corpus.load(tmp_path / "run").split_files() == (train, validation)
+    assert load_corpus(tmp_path / "run").split_files() == (train, validation)
     (tmp_path / "run" / "corpus.json").write_text("{}")
     with pytest.raises(ValueError, match=r"corpus\.json is damaged"):
-        Corpus.load(tmp_path / "run")
+        load_corpus(tmp_path / "run")
 
 
 def test_a_single_file_is_validated_on_its_end(tmp_path):
@@ -403,3 +405,33 @@ def test_metrics_are_json_lines(tmp_path):
 
 def test_default_precision_is_one_that_training_takes():
     dataclasses.replace(TRAIN, precision=default_precision(torch.device("cpu")))
+
+
+def test_tensorboard_has_what_the_metrics_have(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mtp_fast.training.tensorboard import TensorBoardLog
+
+    def train(trainer, until):
+        with TensorBoardLog(tmp_path / "log", trainer.step) as log:
+            while trainer.step < until:
+                log.report(trainer.train_step())
+
+    trainer = new_trainer(tmp_path, steps=6)
+    train(trainer, 4)
+    trainer.save()
+    train(trainer, 6)
+    time.sleep(1)  # TensorBoard orders logs by the second
+    train(Trainer.resume(tmp_path, random_tokens(), random_tokens()), 6)
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    metrics = read_metrics(tmp_path)
+    for k in range(3):
+        scalars = events.Scalars(f"loss/head_{k}")
+        assert [s.step for s in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [s.value for s in scalars] == pytest.approx([m.loss[k] for m in metrics])
+    validation = events.Scalars("validation/head_2")
+    assert [s.step for s in validation] == [3, 6]
+    assert validation[1].value == pytest.approx(metrics[5].validation_loss[2])
+    for name in ("learning_rate", "grad_norm"):
+        values = [s.value for s in events.Scalars(name)]
+        assert values == pytest.approx([getattr(m, name) for m in metrics])
