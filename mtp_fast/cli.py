@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
     loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
     loop.add_argument("--route", choices=["parallel", "headwise"], default=defaults.route)
+    loop.add_argument("--compile", action="store_true", help="torch.compile trunk and heads")
     loop.add_argument("--precision", choices=["bfloat16", "float32"], help="default: the faster")
     _add_common(run)
     run.set_defaults(run=_train)
@@ -285,6 +286,7 @@ def _new_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
         route=args.route,
+        compile=args.compile,
         precision=args.precision or default_precision(device),
         seed=args.seed,
     )

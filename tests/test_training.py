@@ -229,6 +229,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
         ({"dropout_warmup": -0.1}, "dropout_warmup must be in"),
         ({"head_weights": (1.0, -1.0, 1.0)}, "head_weights must be finite and not negative"),
         ({"head_weights": (1.0, float("nan"), 1.0)}, "head_weights must be finite"),
+        ({"compile": True, "dropout_warmup": 0.1}, "dropout_warmup must be 0"),
         ({"head_dropout": (0.0, 1.0, 0.0)}, r"head_dropout must be in \[0, 1\)"),
     ],
 )
@@ -405,6 +406,28 @@ def test_metrics_are_json_lines(tmp_path):
 
 def test_default_precision_is_one_that_training_takes():
     dataclasses.replace(TRAIN, precision=default_precision(torch.device("cpu")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["parallel", "headwise"])
+def test_a_compiled_run_has_the_same_losses(tmp_path, route):
+    eager = new_trainer(tmp_path / "eager", route=route)
+    compiled = new_trainer(tmp_path / "compiled", route=route, compile=True)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert eager.run()
+    assert not counters["stats"]
+    assert compiled.run()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    for a, b in zip(
+        read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True
+    ):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.validation_loss == pytest.approx(b.validation_loss, rel=1e-4)
+    resumed = Trainer.resume(tmp_path / "compiled", random_tokens(), random_tokens())
+    assert resumed.model.state_dict().keys() == eager.model.state_dict().keys()
 
 
 def test_tensorboard_has_what_the_metrics_have(tmp_path):

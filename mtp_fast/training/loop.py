@@ -74,6 +74,8 @@ class TrainConfig:
         "bfloat16" runs the model under autocast; parameters stay float32.
     route : {"parallel", "headwise"}
         See `multi_token_loss`.
+    compile : bool
+        Whether trunk and heads go through torch.compile.
     eval_every, eval_batches : int
         Steps between validations, and batches of one.
     checkpoint_every : int
@@ -100,6 +102,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     precision: str = "float32"
     route: str = "parallel"
+    compile: bool = False
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 500
@@ -126,6 +129,8 @@ class TrainConfig:
         weights = self.head_weights
         if weights is not None and not all(0 <= w < math.inf for w in weights):
             raise ValueError(f"head_weights must be finite and not negative, got {weights}")
+        if self.compile and self.dropout_warmup:
+            raise ValueError("compile goes with constant dropout: dropout_warmup must be 0")
         if self.head_dropout is not None and not all(0 <= p < 1 for p in self.head_dropout):
             raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
 
@@ -215,6 +220,9 @@ class Trainer:
         self.device = model.unembedding.weight.device
         self._train = Windows(train_tokens, config.batch_size, config.context, config.seed)
         self._validation = Windows(validation_tokens, config.batch_size, config.context, 0)
+        if config.compile:
+            for module in (model.trunk, *model.heads):
+                module.compile()
         self._loss = data_parallel(MultiTokenLoss(model, config.route), self.device)
         self._optimizer = _adamw(model, config)
         self.step = 0
