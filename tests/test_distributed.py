@@ -115,7 +115,7 @@ def test_two_processes_train_as_one_that_accumulates(text, tmp_path):
 
     refused = run(SCRIPT, "train", "--resume", two)
     assert refused.returncode == 2
-    assert "processes=2, to go on with 1" in refused.stderr
+    assert "was trained with processes=2, not 1" in refused.stderr
 
 
 @pytest.mark.slow

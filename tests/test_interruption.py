@@ -151,7 +151,7 @@ def test_a_changed_corpus_is_refused(text, tmp_path, capsys):
     with text.open("a") as file:
         file.write("more")
     assert cli.main(["train", "--resume", str(directory)]) == 2
-    assert "train_tokens=19001, to go on with" in capsys.readouterr().err
+    assert "was trained with train_tokens=19001, not" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

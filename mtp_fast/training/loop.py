@@ -376,7 +376,7 @@ class Trainer:
             raise ValueError(f"{file} is not of this version: {error}") from error
         for name, value in (("train_tokens", len(train_tokens)), ("processes", process_count())):
             if run[name] != value:
-                raise ValueError(f"the run had {name}={run[name]}, to go on with {value}")
+                raise ValueError(f"{directory} was trained with {name}={run[name]}, not {value}")
         trainer = cls(model, config, train_tokens, validation_tokens, directory)
         try:
             model.load_state_dict(weights)
