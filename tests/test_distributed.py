@@ -47,7 +47,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
         [*map(str, command)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env=ENVIRONMENT,
     )
@@ -130,13 +130,13 @@ def test_a_signal_to_one_process_stops_both_and_resume_continues(text, tmp_path)
         text=True,
         env=ENVIRONMENT,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(read_metrics(stopped)) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [c for c in children if b"mtp-fast" in Path(f"/proc/{c}/cmdline").read_bytes()]
     os.kill(int(workers[-1]), signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=120)
     assert f"mtp-fast train --resume {stopped}" in stdout.replace("\n", " "), stderr
     assert 5 <= len(read_metrics(stopped)) < 300
 

@@ -45,13 +45,13 @@ def train(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
 
 
 def kill_at(process: subprocess.Popen[str], directory: Path, step: int, delay: float) -> int:
     """Kill -9 `delay` seconds after `step` is logged; return how many steps were logged."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if len(read_metrics(directory)) >= step:
             break
