@@ -1,10 +1,11 @@
-"""The command line: `mtp-fast demo | train | generate`."""
+"""The command line: `mtp-fast demo | prepare | train | generate`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +18,24 @@ from mtp_fast.training import (
     BYTE_VOCAB_SIZE,
     SEPARATOR,
     Corpus,
+    PreparedCorpus,
+    StepMetrics,
     TrainConfig,
     Trainer,
     default_precision,
+    load_corpus,
+    prepare,
 )
+from mtp_fast.training.distributed import process_rank, torchrun_group
 
-CLI_EXTRA = ("matplotlib", "rich", "safetensors")
+# The extra that holds a package.
+EXTRAS = {
+    "matplotlib": "cli",
+    "rich": "cli",
+    "safetensors": "cli",
+    "tensorboard": "tensorboard",
+    "tokenizers": "tokenizers",
+}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -45,10 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mtp-fast {args.command}: error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except ModuleNotFoundError as error:
-        if error.name not in CLI_EXTRA:
+        if error.name not in EXTRAS:
             raise
         print(
-            f"mtp-fast {args.command}: error: {error.name} is missing; pip install 'mtp-fast[cli]'",
+            f"mtp-fast {args.command}: error: {error.name} is missing; "
+            f"pip install 'mtp-fast[{EXTRAS[error.name]}]'",
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT
@@ -69,11 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(run)
     run.set_defaults(run=_demo)
 
-    run = commands.add_parser("train", help="train a byte-level model on text files")
-    run.add_argument("files", type=Path, nargs="*", help="text files")
+    run = commands.add_parser("prepare", help="turn large text files into tokens, for train")
+    run.add_argument("files", type=Path, nargs="+", help="text files, each a document")
+    run.add_argument("--out", type=Path, required=True, help="directory to make")
+    run.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json; without: bytes"
+    )
+    run.add_argument("--separator", metavar="TOKEN", help="the tokenizer's token between documents")
+    run.add_argument("--validation-share", type=float, default=0.05, help="share that is held out")
+    run.add_argument("--seed", type=int, default=0, help="of the held-out files")
+    run.set_defaults(run=_prepare)
+
+    run = commands.add_parser("train", help="train a model on text files or a prepared corpus")
+    run.add_argument("files", type=Path, nargs="*", help="text files, or what prepare has made")
     where = run.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="checkpoint directory of a new run")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in DIR")
+    run.add_argument("--tensorboard", type=Path, metavar="DIR", help="log metrics there as well")
     length = run.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--minutes", type=float, help="or training time")
@@ -92,10 +118,29 @@ def _parser() -> argparse.ArgumentParser:
     loop.add_argument("--context", type=int, default=defaults.context)
     loop.add_argument("--accumulation", type=int, default=defaults.accumulation)
     loop.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    loop.add_argument(
+        "--head-weights", type=_numbers, metavar="W,...", help="weight of each head's loss"
+    )
+    loop.add_argument(
+        "--head-weights-warmup",
+        type=float,
+        default=defaults.head_weights_warmup,
+        metavar="SHARE",
+        help="share of the run in which the later heads' weights rise from 0",
+    )
+    loop.add_argument("--head-dropout", type=_numbers, metavar="P,...", help="dropout of each head")
+    loop.add_argument(
+        "--dropout-warmup",
+        type=float,
+        default=defaults.dropout_warmup,
+        metavar="SHARE",
+        help="share of the run in which dropout rises from 0",
+    )
     loop.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
     loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
     loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
     loop.add_argument("--route", choices=["parallel", "headwise"], default=defaults.route)
+    loop.add_argument("--compile", action="store_true", help="torch.compile trunk and heads")
     loop.add_argument("--precision", choices=["bfloat16", "float32"], help="default: the faster")
     _add_common(run)
     run.set_defaults(run=_train)
@@ -134,6 +179,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers as 1,0.5, got {text!r}") from error
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -153,12 +206,43 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if finished else EXIT_INTERRUPTED
 
 
+def _prepare(args: argparse.Namespace) -> int:
+    corpus = prepare(
+        args.files,
+        args.out,
+        tokenizer=args.tokenizer,
+        separator=args.separator,
+        validation_share=args.validation_share,
+        seed=args.seed,
+    )
+    print(
+        f"{corpus.directory}: {corpus.train_tokens:,} tokens for training and "
+        f"{corpus.validation_tokens:,} for validation, vocabulary {corpus.vocab_size:,}"
+    )
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from mtp_fast.terminal import TrainingProgress
 
-    trainer = _resumed_trainer(args) if args.resume is not None else _new_trainer(args)
-    with TrainingProgress(trainer) as progress:
-        finished = trainer.run(progress.report)
+    if args.tensorboard is not None:
+        from mtp_fast.training.tensorboard import TensorBoardLog
+
+    with torchrun_group(_device(args.device)) as device, ExitStack() as stack:
+        make = _new_trainer if args.resume is None else _resumed_trainer
+        trainer = make(args, device)
+        if process_rank() != 0:
+            return 0 if trainer.run() else EXIT_INTERRUPTED
+        reports = [stack.enter_context(TrainingProgress(trainer)).report]
+        if args.tensorboard is not None:
+            log = TensorBoardLog(args.tensorboard, trainer.step)
+            reports.append(stack.enter_context(log).report)
+
+        def report(metrics: StepMetrics) -> None:
+            for to in reports:
+                to(metrics)
+
+        finished = trainer.run(report)
     if not finished:
         print(f"stopped; go on with: mtp-fast train --resume {trainer.directory}")
         return EXIT_INTERRUPTED
@@ -166,14 +250,18 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _new_trainer(args: argparse.Namespace) -> Trainer:
-    device = _device(args.device)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+def _new_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
+    if (
+        process_rank() == 0
+        and args.out.exists()
+        and (not args.out.is_dir() or any(args.out.iterdir()))
+    ):
         raise ValueError(f"--out {args.out} is in use; take another, or --resume it")
     if args.steps is None and args.minutes is None:
         raise ValueError("give --steps or --minutes")
+    corpus = _corpus(args.files, args.seed)
     model_config = MTPConfig(
-        vocab_size=BYTE_VOCAB_SIZE,
+        vocab_size=corpus.vocab_size,
         dim=args.dim,
         n_layers=args.layers,
         n_attention_heads=args.attention_heads,
@@ -190,27 +278,38 @@ def _new_trainer(args: argparse.Namespace) -> Trainer:
         context=args.context,
         accumulation=args.accumulation,
         learning_rate=args.learning_rate,
+        head_weights=args.head_weights,
+        head_weights_warmup=args.head_weights_warmup,
+        head_dropout=args.head_dropout,
+        dropout_warmup=args.dropout_warmup,
         weight_decay=args.weight_decay,
         eval_every=args.eval_every,
         checkpoint_every=args.checkpoint_every,
         route=args.route,
+        compile=args.compile,
         precision=args.precision or default_precision(device),
         seed=args.seed,
     )
-    corpus = Corpus(tuple(args.files), seed=args.seed)
     train_tokens, validation_tokens = corpus.read()
     torch.manual_seed(args.seed)
     model = MTPTransformer(model_config).to(device)
     trainer = Trainer(model, config, train_tokens, validation_tokens, args.out)
-    corpus.save(args.out)
+    if process_rank() == 0:
+        corpus.save(args.out)
     return trainer
 
 
-def _resumed_trainer(args: argparse.Namespace) -> Trainer:
+def _corpus(files: Sequence[Path], seed: int) -> Corpus | PreparedCorpus:
+    if len(files) == 1 and files[0].is_dir():
+        return PreparedCorpus.open(files[0])
+    return Corpus(tuple(files), seed=seed)
+
+
+def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     if args.files:
         raise ValueError("--resume goes on with the files of its run; give none")
-    train_tokens, validation_tokens = Corpus.load(args.resume).read()
-    return Trainer.resume(args.resume, train_tokens, validation_tokens, _device(args.device))
+    train_tokens, validation_tokens = load_corpus(args.resume).read()
+    return Trainer.resume(args.resume, train_tokens, validation_tokens, device)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -88,6 +88,9 @@ def test_bad_input_through_a_process(arguments, words, tmp_path):
         ("train SHORT --out NEW --steps 1", ["fewer than one window"]),
         ("train TEXT --out USED --steps 1", ["is in use"]),
         ("train TEXT --out UNWRITABLE/a --steps 1 --context 16", ["UNWRITABLE"]),
+        ("train TEXT --out NEW --steps 1 --head-weights 1,x", ["--head-weights", "'1,x'"]),
+        ("train TEXT --out NEW --steps 1 --head-weights 1,1", ["for each of 4 heads, got 2"]),
+        ("train TEXT --out NEW --steps 1 --head-dropout 1,0,0,0", ["head_dropout must be in"]),
         ("train TEXT --out NEW --steps 1 --device tpu", ["--device must be cpu or cuda"]),
         ("train --resume MISSING", ["cannot be resumed"]),
         ("train --resume CHECKPOINT", ["cannot be resumed"]),
@@ -145,6 +148,16 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, checkpoint):
     assert "pip install 'mtp-fast[cli]'" in capsys.readouterr().err
 
 
+def test_a_missing_extra_leaves_no_run(monkeypatch, capsys, text, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "mtp_fast.training.tensorboard", raising=False)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    line = ["train", str(text), "--out", str(tmp_path / "run"), "--tensorboard", str(tmp_path)]
+    assert cli.main([*line, "--steps", "1"]) == 2
+    assert "pip install 'mtp-fast[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_version_tells_the_build(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -154,7 +167,9 @@ def test_version_tells_the_build(capsys):
 
 def test_train_then_generate(text, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["train", str(text), "--out", str(out), "--steps", "3", *OPTIONS]) == 0
+    line = ["train", str(text), "--out", str(out), "--steps", "3", *OPTIONS]
+    assert cli.main([*line, "--tensorboard", str(tmp_path / "log")]) == 0
+    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
     assert str(out) in capsys.readouterr().out
     prompt = ["generate", str(out), "--prompt", "def ", "--max-new-tokens", "20"]
     outputs = []

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 import weakref
 
 import numpy as np
@@ -20,6 +21,7 @@ from mtp_fast.training import (
     Trainer,
     Windows,
     default_precision,
+    load_corpus,
     multi_token_loss,
     read_metrics,
 )
@@ -185,10 +187,10 @@ def test_corpus_splits_by_file_and_closes_documents(tmp_path):
     assert documents == [*(file.read_bytes() for file in validation), b""]
 
     corpus.save(tmp_path / "run")
-    assert Corpus.load(tmp_path / "run").split_files() == (train, validation)
+    assert load_corpus(tmp_path / "run").split_files() == (train, validation)
     (tmp_path / "run" / "corpus.json").write_text("{}")
     with pytest.raises(ValueError, match=r"corpus\.json is damaged"):
-        Corpus.load(tmp_path / "run")
+        load_corpus(tmp_path / "run")
 
 
 def test_a_single_file_is_validated_on_its_end(tmp_path):
@@ -223,6 +225,12 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"precision": "int8"}, "precision must be"),
         ({"warmup": 1.0}, "warmup must be in"),
+        ({"head_weights_warmup": 1.5}, r"head_weights_warmup must be in \[0, 1\], got 1.5"),
+        ({"dropout_warmup": -0.1}, "dropout_warmup must be in"),
+        ({"head_weights": (1.0, -1.0, 1.0)}, "head_weights must be finite and not negative"),
+        ({"head_weights": (1.0, float("nan"), 1.0)}, "head_weights must be finite"),
+        ({"compile": True, "dropout_warmup": 0.1}, "dropout_warmup must be 0"),
+        ({"head_dropout": (0.0, 1.0, 0.0)}, r"head_dropout must be in \[0, 1\)"),
     ],
 )
 def test_train_config_rejects(changes, message):
@@ -233,6 +241,42 @@ def test_train_config_rejects(changes, message):
 def test_trainer_rejects_a_context_beyond_the_model(tmp_path):
     with pytest.raises(ValueError, match="context=65 exceeds the model's max_seq_len=64"):
         new_trainer(tmp_path, context=65)
+
+
+@pytest.mark.parametrize("name", ["head_weights", "head_dropout"])
+def test_trainer_rejects_a_list_of_another_length(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 heads, got 2"):
+        new_trainer(tmp_path, **{name: (0.5, 0.5)})
+
+
+def test_later_heads_weights_warm_in(tmp_path):
+    trainer = new_trainer(tmp_path, head_weights=(1.0, 0.5, 0.2), head_weights_warmup=0.5)
+    module, seen = trainer._loss, []
+    trainer._loss = lambda tokens, weights: seen.append(weights) or module(tokens, weights)
+    head = trainer.model.heads[1].attention.qkv.weight
+    before = head.clone()
+    trainer.train_step()
+    assert torch.equal(head, before)  # no gradient, and at a learning rate of 0 no decay
+    assert trainer.run()
+    expected = [[1.0, 0.5 * f, 0.2 * f] for f in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    assert not torch.equal(head, before)
+
+
+def test_dropout_warms_in_globally_or_by_head(tmp_path):
+    model = new_model(dropout=0.4)
+    trainer = new_trainer(tmp_path, model, head_dropout=(0.0, 0.1, 0.2), dropout_warmup=0.5)
+    for step in range(6):
+        trainer.train_step()
+        factor = min(1.0, step / 4)
+        assert model.dropout == pytest.approx(0.4 * factor)
+        assert model.trunk.blocks[0].dropout == pytest.approx(0.4 * factor)
+        of_heads = [head.dropout for head in model.heads]
+        assert of_heads == pytest.approx([0.0, 0.1 * factor, 0.2 * factor])
+    trainer.save()
+    resumed = Trainer.resume(tmp_path, random_tokens(), random_tokens())
+    assert resumed.config == trainer.config
+    assert resumed.train_step().loss == trainer.train_step().loss
 
 
 def test_matrices_decay_and_norms_do_not(tmp_path):
@@ -362,3 +406,55 @@ def test_metrics_are_json_lines(tmp_path):
 
 def test_default_precision_is_one_that_training_takes():
     dataclasses.replace(TRAIN, precision=default_precision(torch.device("cpu")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["parallel", "headwise"])
+def test_a_compiled_run_has_the_same_losses(tmp_path, route):
+    eager = new_trainer(tmp_path / "eager", route=route)
+    compiled = new_trainer(tmp_path / "compiled", route=route, compile=True)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert eager.run()
+    assert not counters["stats"]
+    assert compiled.run()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    for a, b in zip(
+        read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True
+    ):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert (a.validation_loss or []) == pytest.approx(b.validation_loss or [], rel=1e-4)
+    resumed = Trainer.resume(tmp_path / "compiled", random_tokens(), random_tokens())
+    assert resumed.model.state_dict().keys() == eager.model.state_dict().keys()
+
+
+def test_tensorboard_has_what_the_metrics_have(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mtp_fast.training.tensorboard import TensorBoardLog
+
+    def train(trainer, until):
+        with TensorBoardLog(tmp_path / "log", trainer.step) as log:
+            while trainer.step < until:
+                log.report(trainer.train_step())
+
+    trainer = new_trainer(tmp_path, steps=6)
+    train(trainer, 4)
+    trainer.save()
+    train(trainer, 6)
+    time.sleep(1)  # TensorBoard orders logs by the second
+    train(Trainer.resume(tmp_path, random_tokens(), random_tokens()), 6)
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    metrics = read_metrics(tmp_path)
+    for k in range(3):
+        scalars = events.Scalars(f"loss/head_{k}")
+        assert [s.step for s in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [s.value for s in scalars] == pytest.approx([m.loss[k] for m in metrics])
+    validation = events.Scalars("validation/head_2")
+    assert [s.step for s in validation] == [3, 6]
+    assert validation[1].value == pytest.approx(metrics[5].validation_loss[2])
+    for name in ("learning_rate", "grad_norm"):
+        values = [s.value for s in events.Scalars(name)]
+        assert values == pytest.approx([getattr(m, name) for m in metrics])

@@ -159,6 +159,7 @@ class MTPTransformer(nn.Module):
         self.heads = nn.ModuleList(Block(config) for _ in range(config.n_future_tokens))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.dropout = config.dropout
         table = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rope", table, persistent=False)
         for module in self.modules():
@@ -204,8 +205,8 @@ class MTPTransformer(nn.Module):
                 f"tokens has {tokens.shape[1]} positions, max_seq_len is {self.config.max_seq_len}"
             )
         x = self.embedding(tokens)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         out: Tensor = self.trunk(x)
         return out
 

@@ -8,17 +8,22 @@ from mtp_fast.training.loop import (
     default_precision,
     read_metrics,
 )
-from mtp_fast.training.loss import multi_token_loss
+from mtp_fast.training.loss import MultiTokenLoss, multi_token_loss
+from mtp_fast.training.prepared import PreparedCorpus, load_corpus, prepare
 
 __all__ = [
     "BYTE_VOCAB_SIZE",
     "SEPARATOR",
     "Corpus",
+    "MultiTokenLoss",
+    "PreparedCorpus",
     "StepMetrics",
     "TrainConfig",
     "Trainer",
     "Windows",
     "default_precision",
+    "load_corpus",
     "multi_token_loss",
+    "prepare",
     "read_metrics",
 ]

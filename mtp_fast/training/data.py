@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mtp_fast.models.checkpoint import write_atomically
 
 Tokens: TypeAlias = npt.NDArray[np.unsignedinteger[npt.NBitBase]]
 
@@ -42,6 +44,8 @@ class Corpus:
     ValueError
         If there is no file, or `validation_share` is out of range.
     """
+
+    vocab_size: ClassVar[int] = BYTE_VOCAB_SIZE
 
     files: tuple[Path, ...]
     validation_share: float = 0.05
@@ -87,26 +91,8 @@ class Corpus:
             "seed": self.seed,
         }
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CORPUS_FILE).write_text(json.dumps(fields, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, directory: Path) -> Corpus:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        ValueError
-            If there is no such file in `directory`, or it is damaged.
-        """
-        file = directory / CORPUS_FILE
-        if not file.is_file():
-            raise ValueError(f"{directory} cannot be resumed: it has no {CORPUS_FILE}")
-        try:
-            fields = json.loads(file.read_text())
-            files = tuple(Path(name) for name in fields["files"])
-            return cls(files, fields["validation_share"], fields["seed"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        text = json.dumps(fields, indent=1) + "\n"
+        write_atomically(directory / CORPUS_FILE, lambda file: file.write_text(text))
 
 
 class Windows:
@@ -134,6 +120,10 @@ class Windows:
             )
         self._tokens, self._batch_size, self._length = tokens, batch_size, length
         self._seed = seed
+
+    def __len__(self) -> int:
+        """Return how many tokens the windows are drawn from."""
+        return len(self._tokens)
 
     def batch(self, index: int) -> Tensor:
         """Return batch number `index`: (batch_size, length) int64."""

@@ -81,13 +81,10 @@ class _Headwise(torch.autograd.Function):
             stats.append(head_stats)
             if not loss.requires_grad:
                 continue
-            new = torch.autograd.grad(loss, wanted, allow_unused=True)
-            for x, gradient in zip(wanted, new, strict=True):
-                if gradient is not None:  # other heads' parameters have none
-                    known = gradients.get(id(x))
-                    gradients[id(x)] = gradient if known is None else known.add_(gradient)
+            # Not named here: a head's gradient of the unembedding must not live through the next's.
+            _add(gradients, wanted, torch.autograd.grad(loss, wanted, allow_unused=True))
         # The order of `inputs`; what needs no gradient, or got none, has None.
-        ctx.gradients = [gradients.get(id(x)) for x in inputs]
+        ctx.save_for_backward(*[gradients.get(id(x)) for x in inputs])
         columns = [torch.cat(column) for column in zip(*stats, strict=True)]
         ctx.mark_non_differentiable(*columns)
         return total, *columns
@@ -95,8 +92,17 @@ class _Headwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients]
+        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return None, None, None, None, *scaled
+
+
+def _add(
+    gradients: dict[int, Tensor], inputs: Sequence[Tensor], new: Sequence[Tensor | None]
+) -> None:
+    for x, gradient in zip(inputs, new, strict=True):
+        if gradient is not None:  # other heads' parameters have none
+            known = gradients.get(id(x))
+            gradients[id(x)] = gradient if known is None else known.add_(gradient)
 
 
 def _labels(tokens: Tensor, document_ids: Tensor | None, k: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The training loop: AdamW, warm-up and cosine, clipping, validation by head, checkpoints.
 
-A run is a function of its configuration, corpus and seed: batches and dropout masks depend on the
-step's number alone, so a run that was stopped and resumed has the same losses as one that was not.
+A run is a function of its configuration, corpus and seed: windows and dropout masks depend on the
+micro-batch's number alone, so a run that was stopped and resumed has the same losses as one that
+was not. Under torchrun every process takes micro-batches of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,10 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtp_fast.models import MTPTransformer, load_checkpoint, save_checkpoint
-from mtp_fast.models.checkpoint import write_atomically
+from mtp_fast.models import Block, MTPTransformer, load_checkpoint, save_checkpoint
+from mtp_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from mtp_fast.training.data import Tokens, Windows
-from mtp_fast.training.loss import multi_token_loss
+from mtp_fast.training.distributed import (
+    data_parallel,
+    gradients_stay_local,
+    mean_over_processes,
+    process_count,
+    process_rank,
+)
+from mtp_fast.training.loss import MultiTokenLoss, multi_token_loss
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
@@ -45,11 +53,19 @@ class TrainConfig:
     batch_size, context : int
         Windows of a micro-batch, and tokens of a window.
     accumulation : int
-        Micro-batches of an optimizer step.
+        Micro-batches of an optimizer step in each process.
     learning_rate, final_learning_rate : float
         Peak after the warm-up, and the cosine's end.
     warmup : float
         Share of the run in which the rate rises linearly.
+    head_weights : tuple of float, optional
+        (n,) weight of each head's loss; default all 1.
+    head_weights_warmup : float
+        Share of the run in which the weights of heads 1.. rise linearly from 0.
+    head_dropout : tuple of float, optional
+        (n,) dropout in each head; default the model's.
+    dropout_warmup : float
+        Share of the run in which all dropout rises linearly from 0.
     weight_decay, beta1, beta2 : float
         Of AdamW; matrices decay, norms do not.
     grad_clip : float
@@ -58,6 +74,8 @@ class TrainConfig:
         "bfloat16" runs the model under autocast; parameters stay float32.
     route : {"parallel", "headwise"}
         See `multi_token_loss`.
+    compile : bool
+        Whether trunk and heads go through torch.compile.
     eval_every, eval_batches : int
         Steps between validations, and batches of one.
     checkpoint_every : int
@@ -74,12 +92,17 @@ class TrainConfig:
     learning_rate: float = 3e-3
     final_learning_rate: float = 1e-4
     warmup: float = 0.05
+    head_weights: tuple[float, ...] | None = None
+    head_weights_warmup: float = 0.0
+    head_dropout: tuple[float, ...] | None = None
+    dropout_warmup: float = 0.0
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
     precision: str = "float32"
     route: str = "parallel"
+    compile: bool = False
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 500
@@ -100,14 +123,35 @@ class TrainConfig:
             raise ValueError(f'route must be "parallel" or "headwise", got {self.route!r}')
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        for name in ("head_weights_warmup", "dropout_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        weights = self.head_weights
+        if weights is not None and not all(0 <= w < math.inf for w in weights):
+            raise ValueError(f"head_weights must be finite and not negative, got {weights}")
+        if self.compile and self.dropout_warmup:
+            raise ValueError("compile goes with constant dropout: dropout_warmup must be 0")
+        if self.head_dropout is not None and not all(0 <= p < 1 for p in self.head_dropout):
+            raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
 
     def learning_rate_at(self, progress: float) -> float:
         """Return the rate at `progress` in [0, 1] of the run."""
         if progress < self.warmup:
-            return self.learning_rate * progress / self.warmup
+            return self.learning_rate * _warm_in(progress, self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
         low = self.final_learning_rate
         return low + (self.learning_rate - low) * cosine
+
+    def head_weights_at(self, progress: float, n: int) -> list[float]:
+        """Return the weights of `n` heads' losses at `progress` in [0, 1] of the run."""
+        first, *later = self.head_weights or [1.0] * n
+        factor = _warm_in(progress, self.head_weights_warmup)
+        return [first, *[factor * weight for weight in later]]
+
+
+def _warm_in(progress: float, share: float) -> float:
+    """Factor that rises linearly from 0 to 1 over the first `share` of a run."""
+    return min(1.0, progress / share) if share else 1.0
 
 
 @dataclass(frozen=True)
@@ -165,13 +209,29 @@ class Trainer:
                 f"context={config.context} exceeds the model's max_seq_len="
                 f"{model.config.max_seq_len}"
             )
+        for name in ("head_weights", "head_dropout"):
+            values = getattr(config, name)
+            if values is not None and len(values) != len(model.heads):
+                raise ValueError(
+                    f"{name} must have one value for each of {len(model.heads)} heads, "
+                    f"got {len(values)}"
+                )
         self.model, self.config, self.directory = model, config, directory
         self.device = model.unembedding.weight.device
         self._train = Windows(train_tokens, config.batch_size, config.context, config.seed)
         self._validation = Windows(validation_tokens, config.batch_size, config.context, 0)
+        if config.compile:
+            for module in (model.trunk, *model.heads):
+                module.compile()
+        self._loss = data_parallel(MultiTokenLoss(model, config.route), self.device)
         self._optimizer = _adamw(model, config)
         self.step = 0
         self.seconds = 0.0
+
+    @property
+    def _tokens_per_step(self) -> int:
+        config = self.config
+        return config.accumulation * config.batch_size * config.context * process_count()
 
     @property
     def progress(self) -> float:
@@ -194,7 +254,10 @@ class Trainer:
             True if the run is complete, False if a signal stopped it after a step.
         """
         with _stop_signals() as stopped:
-            while self.progress < 1 and not stopped():
+            if self.step == 0:
+                self.save()  # so that a run killed before its first checkpoint can be resumed
+            # Any process's signal stops all of them after the same step.
+            while self.progress < 1 and not any(mean_over_processes([stopped()], self.device)):
                 report(self.train_step())
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
@@ -207,30 +270,38 @@ class Trainer:
         learning_rate = config.learning_rate_at(self.progress)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        weights = config.head_weights_at(self.progress, len(self.model.heads))
+        self._set_dropout()
         self.model.train()
-        # Dropout, like the batches, depends on the step alone: resuming needs no generator's state.
-        torch.manual_seed(config.seed + self.step)
         losses = []
         for micro in range(config.accumulation):
-            tokens = self._train.batch(self.step * config.accumulation + micro).to(self.device)
-            with self._autocast():
-                loss, stats = multi_token_loss(
-                    self.model, tokens, route=config.route, return_stats=True
-                )
-            torch.autograd.backward(loss / config.accumulation)
+            index = self.step * config.accumulation + micro
+            index = index * process_count() + process_rank()
+            # Dropout, like the windows, depends on the index alone: resuming needs no generator's
+            # state.
+            torch.manual_seed(config.seed + index)
+            tokens = self._train.batch(index).to(self.device)
+            last = micro == config.accumulation - 1
+            with nullcontext() if last else gradients_stay_local(self._loss):
+                with self._autocast():
+                    loss, stats = self._loss(tokens, weights)
+                torch.autograd.backward(loss / config.accumulation)
             losses.append(stats.loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
         # The clock of the budget stops for validation, so that it buys training only.
-        self.seconds += time.perf_counter() - started
+        *head_losses, seconds = mean_over_processes(
+            [*torch.stack(losses).mean(0).tolist(), time.perf_counter() - started], self.device
+        )
+        self.seconds += seconds
         due = self.step % config.eval_every == 0 or self.progress >= 1
         validation = self.validate() if due else None
         metrics = StepMetrics(
             step=self.step,
-            tokens=self.step * config.accumulation * config.batch_size * config.context,
-            loss=torch.stack(losses).mean(0).tolist(),
+            tokens=self.step * self._tokens_per_step,
+            loss=head_losses,
             validation_loss=validation,
             learning_rate=learning_rate,
             grad_norm=float(norm),
@@ -239,26 +310,38 @@ class Trainer:
         self._append(metrics)
         return metrics
 
+    def _set_dropout(self) -> None:
+        factor = _warm_in(self.progress, self.config.dropout_warmup)
+        of_head = dict(zip(self.model.heads, self.config.head_dropout or (), strict=False))
+        for module in self.model.modules():
+            if isinstance(module, (MTPTransformer, Block)):
+                module.dropout = factor * of_head.get(module, self.model.config.dropout)
+
     @torch.no_grad()
     def validate(self) -> list[float]:
         """Return the loss of each head over the same validation windows each time."""
         self.model.eval()
-        losses = []
-        for index in range(self.config.eval_batches):
+        config, total = self.config, torch.zeros(len(self.model.heads), device=self.device)
+        for index in range(process_rank(), config.eval_batches, process_count()):
             tokens = self._validation.batch(index).to(self.device)
             with self._autocast():
                 _, stats = multi_token_loss(self.model, tokens, return_stats=True)
-            losses.append(stats.loss)
-        mean: list[float] = torch.stack(losses).mean(0).tolist()
-        return mean
+            total += stats.loss
+        share = total * (process_count() / config.eval_batches)
+        return mean_over_processes(share.tolist(), self.device)
 
     def save(self) -> None:
         """Write the checkpoint, and beside it all that `resume` needs."""
+        if process_rank() != 0:
+            return
         save_checkpoint(self.model, self.directory)
         state = {
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
+            # What a step's windows depend on beside the configuration.
+            "train_tokens": len(self._train),
+            "processes": process_count(),
             # The weights once more: a kill between two renames must not pair two steps' files.
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -278,26 +361,46 @@ class Trainer:
         Raises
         ------
         ValueError
-            If `directory` is not a checkpoint of a training run, or is damaged.
+            If `directory` is not a checkpoint of a training run, or is damaged, or if corpus or
+            number of processes are not those of the run.
         """
-        state = _read_state(directory / STATE_FILE)
+        file = directory / STATE_FILE
+        state = _read_state(file)
         model = load_checkpoint(directory, device)
         try:
-            model.load_state_dict(state["model"])
+            weights, optimizer = state["model"], state["optimizer"]
+            step, seconds = state["step"], state["seconds"]
+            run = {name: state[name] for name in ("train_tokens", "processes")}
             config = TrainConfig(**state["config"])
-            trainer = cls(model, config, train_tokens, validation_tokens, directory)
-            trainer._optimizer.load_state_dict(state["optimizer"])
-            trainer.step, trainer.seconds = state["step"], state["seconds"]
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{directory / STATE_FILE} is not of this version: {error}") from error
-        # A killed run may have logged steps after its last checkpoint; they are run again.
-        kept = [m for m in read_metrics(directory) if m.step <= trainer.step]
-        write_atomically(
-            directory / METRICS_FILE, lambda file: file.write_text("".join(map(_json_line, kept)))
-        )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not of this version: {error}") from error
+        for name, value in (("train_tokens", len(train_tokens)), ("processes", process_count())):
+            if run[name] != value:
+                raise ValueError(f"{directory} was trained with {name}={run[name]}, not {value}")
+        trainer = cls(model, config, train_tokens, validation_tokens, directory)
+        try:
+            model.load_state_dict(weights)
+            trainer._optimizer.load_state_dict(optimizer)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{file} does not fit the model of {CONFIG_FILE}") from error
+        trainer.step, trainer.seconds = step, seconds
+        if process_rank() == 0:
+            trainer._clean_up()
         return trainer
 
+    def _clean_up(self) -> None:
+        """Remove what a killed run left behind."""
+        for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, METRICS_FILE):
+            for half_written in self.directory.glob(f".{name}.*"):
+                half_written.unlink()
+        # Steps logged after the last checkpoint are run again.
+        kept = [m for m in read_metrics(self.directory) if m.step <= self.step]
+        log = self.directory / METRICS_FILE
+        write_atomically(log, lambda file: file.write_text("".join(map(_json_line, kept))))
+
     def _append(self, metrics: StepMetrics) -> None:
+        if process_rank() != 0:
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         mode = "w" if metrics.step == 1 else "a"
         with (self.directory / METRICS_FILE).open(mode) as file:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_fast.models import MTPTransformer
 from mtp_fast.ops.multi_token_cross_entropy import MultiTokenStats, multi_token_cross_entropy
@@ -85,3 +85,38 @@ def multi_token_loss(
             return_stats=True,
         )
     return (loss, stats) if return_stats else loss
+
+
+class MultiTokenLoss(nn.Module):
+    """`multi_token_loss` as a module, which is what DistributedDataParallel can wrap.
+
+    DDP averages gradients in the backward pass of a module's forward; the loss runs parts of the
+    model on its own, so it has to be inside that forward.
+
+    Parameters
+    ----------
+    model : MTPTransformer
+        The model.
+    route : {"parallel", "headwise"}
+        See `multi_token_loss`.
+    """
+
+    def __init__(self, model: MTPTransformer, route: str = "parallel") -> None:
+        super().__init__()
+        self.model, self.route = model, route
+
+    def forward(
+        self,
+        tokens: Tensor,
+        head_weights: Sequence[float] | Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, MultiTokenStats]:
+        """Return the loss of `tokens` (B, T) and its statistics."""
+        return multi_token_loss(
+            self.model,
+            tokens,
+            route=self.route,
+            head_weights=head_weights,
+            document_ids=document_ids,
+            return_stats=True,
+        )
