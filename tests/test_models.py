@@ -203,7 +203,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
 
     config = tmp_path / "config.json"
     config.write_text(dataclasses.replace(CONFIG, ffn_dim=40).to_json())
-    with pytest.raises(ValueError, match=r"ffn\.down\.weight is \(32, 48\), expected \(32, 40\)"):
+    with pytest.raises(ValueError, match=r"gate_up\.weight is \(96, 32\), expected \(80, 32\)"):
         load_checkpoint(tmp_path)
     config.write_text(dataclasses.replace(CONFIG, n_layers=6).to_json())
     with pytest.raises(ValueError, match=r"trunk\.blocks\.2\.\S+ is missing"):
