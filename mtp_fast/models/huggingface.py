@@ -162,7 +162,9 @@ def _rope(fields: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     share = rope.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if share != 1.0:
         raise ValueError(f"partial_rotary_factor must be 1, got {share}")
-    if rope == {"rope_type": "default"}:
+    if rope["rope_type"] == "default":
+        if unknown := sorted(rope.keys() - {"rope_type"}):
+            raise ValueError(f"rope_parameters has unknown fields {', '.join(unknown)}")
         return theta, None
     if rope["rope_type"] in ("llama3", "yarn"):
         length = rope.get("original_max_position_embeddings", fields["max_position_embeddings"])

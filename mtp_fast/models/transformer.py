@@ -236,7 +236,14 @@ class MTPTransformer(nn.Module):
 
         What is left to train are heads 1, 2, ...: they learn to draft for a model that stays, bit
         for bit, the one it was.
+
+        Raises
+        ------
+        ValueError
+            If head 0 is the only one.
         """
+        if len(self.heads) == 1:
+            raise ValueError("the model has one head: nothing would be left to train")
         for module in (self.embedding, self.trunk, self.heads[0], self.norm, self.unembedding):
             module.requires_grad_(False)
 

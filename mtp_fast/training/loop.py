@@ -58,6 +58,8 @@ class TrainConfig:
         "bfloat16" runs the model under autocast; parameters stay float32.
     route : {"parallel", "headwise"}
         See `multi_token_loss`.
+    freeze_next_token_model : bool
+        Train heads 1, 2, ... only, see `MTPTransformer.freeze_next_token_model`.
     eval_every, eval_batches : int
         Steps between validations, and batches of one.
     checkpoint_every : int
@@ -80,6 +82,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     precision: str = "float32"
     route: str = "parallel"
+    freeze_next_token_model: bool = False
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 500
@@ -167,6 +170,8 @@ class Trainer:
             )
         self.model, self.config, self.directory = model, config, directory
         self.device = model.unembedding.weight.device
+        if config.freeze_next_token_model:
+            model.freeze_next_token_model()
         self._train = Windows(train_tokens, config.batch_size, config.context, config.seed)
         self._validation = Windows(validation_tokens, config.batch_size, config.context, 0)
         self._optimizer = _adamw(model, config)
