@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -33,9 +34,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 CASES = {
     "llama": ("Llama", {"rope_theta": 5e5}),
     "llama of one group, tied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "llama3": ("Llama", {"head_dim": 32, "rope_parameters": {**LLAMA3, "rope_theta": 5e3}}),
-    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "yarn": ("Llama", {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e4}}),
+    "llama3": ("Llama", {"head_dim": 32, "rope_scaling": {**LLAMA3}, "rope_theta": 5e3}),
+    "linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "yarn": ("Llama", {"head_dim": 32, "rope_scaling": {**YARN}}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 1}),
     "qwen3, tied": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"head_dim": 10, "hidden_size": 66, "sliding_window": None}),
@@ -282,6 +283,13 @@ def test_damaged_directories_are_refused(llama, tmp_path_factory):
     with pytest.raises(ValueError, match="n_future_tokens must be at least 1, got 0"):
         MTPTransformer.from_pretrained(llama, 0)
     weights = llama / "model.safetensors"
+    tensors = load_file(weights)
+    bias = "model.layers.2.self_attn.q_proj.bias"
+    save_file({**tensors, "model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(8)}, weights)
+    MTPTransformer.from_pretrained(llama)  # of old files, and no parameter
+    save_file({**tensors, bias: torch.ones(64)}, weights)
+    with pytest.raises(ValueError, match=f"{bias} is unknown"):
+        MTPTransformer.from_pretrained(llama)
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
@@ -322,9 +330,9 @@ def test_what_a_layout_cannot_express_is_said(tmp_path):
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_scaled_rotations_equal_transformers(scaling, theta):
     config = transformers.LlamaConfig(
-        head_dim=64, max_position_embeddings=16384, rope_parameters={**scaling, "rope_theta": theta}
+        head_dim=64, max_position_embeddings=16384, rope_theta=theta, rope_scaling={**scaling}
     )
-    inverse, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+    inverse, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
     angle = torch.outer(torch.arange(200).double(), inverse.double())
     table = rope_table(64, 200, theta, scaling)[:, :, 0]
     torch.testing.assert_close(table[:, 0, :32].double(), factor * angle.cos(), rtol=0, atol=1e-4)
