@@ -233,6 +233,18 @@ def test_dtype_and_length_are_arguments(llama):
         model.logits(torch.zeros(1, 49, dtype=torch.int64))
 
 
+def test_the_original_length_is_the_models_where_scaling_has_none(llama):
+    change_config(llama, rope_parameters=..., rope_scaling={"type": "yarn", "factor": 2.0})
+    for changes, length in (({}, 128), ({"original_max_position_embeddings": 32}, 32)):
+        change_config(llama, **changes)
+        scaling = MTPTransformer.from_pretrained(llama, max_seq_len=48).config.rope_scaling
+        assert scaling == {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": length,
+        }
+
+
 def test_a_sliding_window_is_refused_where_it_slides(tmp_path):
     foreign_model("mistral").save_pretrained(tmp_path)
     change_config(tmp_path, sliding_window=64)
