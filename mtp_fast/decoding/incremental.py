@@ -18,15 +18,13 @@ from mtp_fast.models import Block, KVCache, MTPTransformer, Trunk
 from mtp_fast.models.transformer import apply_rope, rope_table
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for few rows `x` (rows, in), `weight` (out, in), `bias` (out,)."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for few rows `x` (rows, in) and `weight` (out, in)."""
     if x.dtype == torch.float32 and 2 <= x.shape[0] <= 6 and x.device.type == "cpu":
         # MKL repacks the weight for every call unless the few rows are its right operand:
         # 4 rows through a 1024 x 192 weight take 50 us as F.linear does it and 30 us so.
-        if bias is None:
-            return torch.mm(weight, x.t()).t().contiguous()
-        return torch.addmm(bias[:, None], weight, x.t()).t().contiguous()
-    return F.linear(x, weight, bias)
+        return torch.mm(weight, x.t()).t().contiguous()
+    return F.linear(x, weight)
 
 
 def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -153,7 +151,9 @@ class IncrementalModel:
 
     def _block(self, layer: int, block: Block, x: Tensor, rows: Rows, rope: Tensor) -> Tensor:
         attention, n_q = block.attention, self._config.n_attention_heads
-        qkv = linear(block.attention_norm(x), attention.qkv.weight, attention.qkv.bias)
+        qkv = linear(block.attention_norm(x), attention.qkv.weight)
+        if self._config.qkv_bias:
+            qkv = qkv + attention.qkv.bias
         qkv = attention.normalize(qkv.view(len(x), -1, self._config.head_dim))
         qkv = apply_rope(qkv, rope)
         self._cache.write(layer, rows.slots, qkv[:, n_q:])
@@ -197,20 +197,25 @@ class _DraftHeads:
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
         """Store keys and values of the rows `trunk` (R, dim)."""
-        kv = linear(self._normalize(trunk), self._kv, self._kv_bias)
+        kv = linear(self._normalize(trunk), self._kv)
+        if self._kv_bias is not None:
+            kv = kv + self._kv_bias
         kv = kv.view(len(trunk), -1, self._config.head_dim)
         if self._k_norm is not None:
             k, v = kv.chunk(2, 1)
-            kv = torch.cat([self._normalize(k) * self._k_norm, v], 1)
+            k = F.rms_norm(k, k.shape[-1:], None, self._config.norm_eps) * self._k_norm
+            kv = torch.cat([k, v], 1)
         rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
         self._cache.write(0, rows.slots, apply_rope(kv, rope))
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""
-        q = linear(self._normalize(trunk), self._q, self._q_bias)
+        q = linear(self._normalize(trunk), self._q)
+        if self._q_bias is not None:
+            q = q + self._q_bias
         q = q.view(len(trunk), -1, self._config.head_dim)
         if self._q_norm is not None:
-            q = self._normalize(q) * self._q_norm
+            q = F.rms_norm(q, q.shape[-1:], None, self._config.norm_eps) * self._q_norm
         k, v = self._cache.read(0, row.mask.shape[-1])
         y = F.scaled_dot_product_attention(
             apply_rope(q, row.rope).unsqueeze(2), k, v, attn_mask=row.mask, enable_gqa=True
