@@ -13,10 +13,10 @@ import torch
 
 import mtp_fast
 from mtp_fast.decoding import generate
-from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
+from mtp_fast.models import MTPConfig, MTPTransformer
+from mtp_fast.text import load_codec
 from mtp_fast.training import (
     BYTE_VOCAB_SIZE,
-    SEPARATOR,
     Corpus,
     PreparedCorpus,
     StepMetrics,
@@ -315,16 +315,13 @@ def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
 def _generate(args: argparse.Namespace) -> int:
     from mtp_fast.terminal import print_continuation
 
-    model = load_checkpoint(args.checkpoint, _device(args.device)).eval()
-    if model.config.vocab_size != BYTE_VOCAB_SIZE:
-        raise ValueError(
-            f"{args.checkpoint} has a vocabulary of {model.config.vocab_size}, "
-            f"the prompt is bytes ({BYTE_VOCAB_SIZE})"
-        )
+    model = MTPTransformer.from_pretrained(args.checkpoint, device=_device(args.device)).eval()
+    codec = load_codec(args.checkpoint, model.config.vocab_size)
     text = args.prompt.encode() if args.prompt is not None else args.prompt_file.read_bytes()
+    prompt = torch.tensor(codec.encode(text), dtype=torch.int64)
     result = generate(
         model,
-        [torch.tensor(list(text), dtype=torch.int64)],
+        [prompt],
         args.max_new_tokens,
         n_heads=args.heads,
         temperature=args.temperature,
@@ -333,9 +330,9 @@ def _generate(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         rule=args.rule,
         seed=args.seed,
-        eos_token_id=SEPARATOR,
+        eos_token_id=codec.eos_token_id,
     )
-    print_continuation(text, result.tokens[0], result.drafted[0])
+    print_continuation(prompt, result.tokens[0], result.drafted[0], codec.decode)
     stats = result.stats
     print(
         f"{len(result.tokens[0])} tokens in {stats.seconds:.2f} s, "

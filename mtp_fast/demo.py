@@ -24,6 +24,7 @@ import mtp_fast
 from mtp_fast.decoding import GenerateResult, generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.terminal import TrainingProgress, print_continuation
+from mtp_fast.text import decode_bytes
 from mtp_fast.training import (
     BYTE_VOCAB_SIZE,
     Corpus,
@@ -144,7 +145,7 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     draw(metrics, rows, out / "report.png")
 
     console.print("\nA held-out prompt, continued; [bold green]green[/] tokens were drafts:\n")
-    print_continuation(bytes(prompts[0].tolist()), example.tokens[0], example.drafted[0])
+    print_continuation(prompts[0], example.tokens[0], example.drafted[0], decode_bytes)
     console.print()
     console.print(_table(rows))
     loss = training["validation_loss"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -80,16 +81,19 @@ class TrainingProgress:
             )
 
 
-def print_continuation(prompt: bytes, tokens: Tensor, drafted: Tensor) -> None:
+def print_continuation(
+    prompt: Tensor, tokens: Tensor, drafted: Tensor, decode: Callable[[list[int]], str]
+) -> None:
     """Print a prompt and its continuation; accepted drafts stand out in colour."""
-    text = Text(prompt.decode(errors="replace"), style="dim")
-    # Bytes of one style are decoded together, since a character may take several.
-    start = 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or drafted[end] != drafted[start]:
-            piece = bytes(tokens[start:end].tolist()).decode(errors="replace")
-            text.append(piece.replace("\0", ""), style=DRAFT_STYLE if drafted[start] else "")
-            start = end
+    ids = [*prompt.tolist(), *tokens.tolist()]
+    styles = [*["dim"] * len(prompt), *[DRAFT_STYLE if draft else "" for draft in drafted.tolist()]]
+    # A character may take several tokens: decode all of them, then colour by the length of a part.
+    whole, text, shown = decode(ids), Text(), 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or styles[end] != styles[end - 1]:
+            reached = max(shown, len(decode(ids[:end])))
+            text.append(whole[shown:reached], style=styles[end - 1])
+            shown = reached
     Console().print(text, soft_wrap=True)
 
 

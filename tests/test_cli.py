@@ -183,6 +183,35 @@ def test_train_then_generate(text, tmp_path, capsys):
     assert outputs[0] != outputs[2]
 
 
+def test_generate_takes_the_tokenizer_beside_a_checkpoint(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["[UNK]", "one", "two", "three", "end"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    model = MTPTransformer(MTPConfig(5, 16, 3, 2, 1, 2, 16, 64))
+    with torch.no_grad():  # the word after a word is the next one, whatever the context
+        for parameter in [*model.trunk.parameters(), *model.heads.parameters()]:
+            parameter.zero_()
+        model.embedding.weight.copy_(torch.eye(5, 16))
+        model.unembedding.weight.copy_(torch.eye(5, 16).roll(1, 0))
+    model.save_pretrained(tmp_path)
+    line = ["generate", str(tmp_path), "--prompt", "one two", "--max-new-tokens", "9"]
+    assert cli.main(line) == 2
+    assert "vocabulary of 5 and no tokenizer.json" in capsys.readouterr().err
+
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert cli.main(line) == 0
+    assert capsys.readouterr().out == "one two three end [UNK] one two three end [UNK] one\n"
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 0]}')
+    assert cli.main(line) == 0
+    assert capsys.readouterr().out == "one two three end\n"
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert cli.main(line) == 2
+    assert "tokenizer.json is not a tokenizer" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves_what_resume_continues(text, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(

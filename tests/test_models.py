@@ -24,6 +24,15 @@ CONFIG = MTPConfig(
     max_seq_len=64,
 )
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
 
 def small_model(**changes) -> MTPTransformer:
     torch.manual_seed(0)
@@ -42,6 +51,13 @@ def small_model(**changes) -> MTPTransformer:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
         ({"norm_eps": float("nan")}, "norm_eps must be positive"),
+        ({"attention_head_dim": 7}, "attention_head_dim must be even, got 7"),
+        ({"attention_head_dim": 0}, "attention_head_dim must be at least 1, got 0"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_type must be one of .* got None"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' lacks factor"),
+        ({"rope_scaling": LINEAR | {"beta_fast": 1}}, "'linear' has unknown fields beta_fast"),
+        ({"rope_scaling": LINEAR | {"factor": 0.0}}, "factor must be positive, got 0.0"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "must exceed low_freq_factor"),
     ],
 )
 def test_config_rejects_values(changes, message):
@@ -49,7 +65,18 @@ def test_config_rejects_values(changes, message):
         dataclasses.replace(CONFIG, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"dim": 32.0}, {"dropout": "x"}, {"tie_embeddings": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 32.0},
+        {"dropout": "x"},
+        {"tie_embeddings": 1},
+        {"qk_norm": 1},
+        {"attention_head_dim": 8.0},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+    ],
+)
 def test_config_rejects_types(changes):
     with pytest.raises(TypeError, match=next(iter(changes))):
         dataclasses.replace(CONFIG, **changes)
@@ -58,7 +85,14 @@ def test_config_rejects_types(changes):
 def test_config_round_trips_and_names_wrong_fields():
     config = dataclasses.replace(CONFIG, rope_theta=5e5, tie_embeddings=True, dropout=0.25)
     assert MTPConfig.from_json(config.to_json()) == config
+    stretched = dataclasses.replace(
+        config, attention_head_dim=10, qkv_bias=True, qk_norm=True, rope_scaling=LLAMA3
+    )
+    assert MTPConfig.from_json(stretched.to_json()) == stretched
     fields = json.loads(config.to_json())
+    for name in ("attention_head_dim", "qkv_bias", "qk_norm", "rope_scaling"):
+        del fields[name]  # as files from before these fields have it
+    assert MTPConfig.from_json(json.dumps(fields)) == config
     with pytest.raises(ValueError, match="unknown fields in the model configuration: colour"):
         MTPConfig.from_json(json.dumps({**fields, "colour": 1}))
     del fields["dim"]
@@ -157,16 +191,26 @@ def test_cache_returns_what_was_written_where_it_was_written():
     assert cache.read(0, 10)[0].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_checkpoint_round_trips(tmp_path, tie_embeddings):
-    model = small_model(tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"attention_head_dim": 10, "qkv_bias": True, "qk_norm": True, "rope_scaling": LLAMA3},
+    ],
+)
+def test_checkpoint_round_trips(tmp_path, changes):
+    model = small_model(**changes)
     for _ in range(2):  # the second one replaces the first
         save_checkpoint(model, tmp_path / "a" / "b")
     loaded = load_checkpoint(str(tmp_path / "a" / "b"))
     assert loaded.config == model.config
     tokens = torch.randint(0, 50, (2, 9))
     torch.testing.assert_close(loaded.logits(tokens), model.logits(tokens), rtol=0, atol=0)
-    assert (loaded.unembedding.weight is loaded.embedding.weight) == tie_embeddings
+    again = MTPTransformer.from_pretrained(tmp_path / "a" / "b")
+    torch.testing.assert_close(again.logits(tokens, 2), model.logits(tokens, 2), rtol=0, atol=0)
+    tied = loaded.unembedding.weight is loaded.embedding.weight
+    assert tied == model.config.tie_embeddings
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -203,7 +247,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
 
     config = tmp_path / "config.json"
     config.write_text(dataclasses.replace(CONFIG, ffn_dim=40).to_json())
-    with pytest.raises(ValueError, match=r"ffn\.down\.weight is \(32, 48\), expected \(32, 40\)"):
+    with pytest.raises(ValueError, match=r"gate_up\.weight is \(96, 32\), expected \(80, 32\)"):
         load_checkpoint(tmp_path)
     config.write_text(dataclasses.replace(CONFIG, n_layers=6).to_json())
     with pytest.raises(ValueError, match=r"trunk\.blocks\.2\.\S+ is missing"):

@@ -86,7 +86,9 @@ class IncrementalModel:
         self._cache = KVCache(
             len(self._layers), batch, capacity, config.n_kv_heads, config.head_dim, weight
         )
-        self._rope = rope_table(config.head_dim, capacity, config.rope_theta).to(weight)
+        self._rope = rope_table(
+            config.head_dim, capacity, config.rope_theta, config.rope_scaling
+        ).to(weight)
         self._drafting = (
             _DraftHeads(model, heads[1:n_heads], batch, capacity) if n_heads > 1 else None
         )
@@ -150,12 +152,15 @@ class IncrementalModel:
     def _block(self, layer: int, block: Block, x: Tensor, rows: Rows, rope: Tensor) -> Tensor:
         attention, n_q = block.attention, self._config.n_attention_heads
         qkv = linear(block.attention_norm(x), attention.qkv.weight)
-        qkv = apply_rope(qkv.view(len(x), -1, self._config.head_dim), rope)
+        if self._config.qkv_bias:
+            qkv = qkv + attention.qkv.bias
+        qkv = attention.normalize(qkv.view(len(x), -1, self._config.head_dim))
+        qkv = apply_rope(qkv, rope)
         self._cache.write(layer, rows.slots, qkv[:, n_q:])
         k, v = self._cache.read(layer, rows.mask.shape[-1])
         q = qkv[:, :n_q].reshape(self._batch, -1, n_q, self._config.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, enable_gqa=True)
-        x = add_linear(x, y.transpose(1, 2).reshape(x.shape), attention.out.weight)
+        x = add_linear(x, y.transpose(1, 2).reshape(len(x), -1), attention.out.weight)
         gate, up = linear(block.ffn_norm(x), block.ffn.gate_up.weight).chunk(2, -1)
         return add_linear(x, F.silu(gate) * up, block.ffn.down.weight)
 
@@ -174,6 +179,17 @@ class _DraftHeads:
         q, k, v = qkv.tensor_split([n_q * width, (n_q + n_kv) * width], 1)
         self._q = q.flatten(0, 1)
         self._kv = torch.cat([k, v]).flatten(0, 1)
+        self._q_bias = self._kv_bias = self._q_norm = self._k_norm = None
+        if config.qkv_bias:
+            bias = torch.stack([h.attention.qkv.bias for h in heads])
+            q, k, v = bias.tensor_split([n_q * width, (n_q + n_kv) * width], 1)
+            self._q_bias, self._kv_bias = q.flatten(), torch.cat([k, v]).flatten()
+        if config.qk_norm:  # a weight a row, in the order of the rows
+            q, k = (
+                torch.stack([getattr(h.attention, name).weight for h in heads])
+                for name in ("q_norm", "k_norm")
+            )
+            self._q_norm, self._k_norm = q.repeat_interleave(n_q, 0), k.repeat_interleave(n_kv, 0)
         self._out = torch.stack([h.attention.out.weight.t() for h in heads])
         self._gate_up = torch.stack([(h.ffn.gate_up.weight * h.ffn_norm.weight).t() for h in heads])
         self._down = torch.stack([h.ffn.down.weight.t() for h in heads])
@@ -181,18 +197,30 @@ class _DraftHeads:
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
         """Store keys and values of the rows `trunk` (R, dim)."""
-        kv = linear(self._normalize(trunk), self._kv).view(len(trunk), -1, self._config.head_dim)
+        kv = linear(self._normalize(trunk), self._kv)
+        if self._kv_bias is not None:
+            kv = kv + self._kv_bias
+        kv = kv.view(len(trunk), -1, self._config.head_dim)
+        if self._k_norm is not None:
+            k, v = kv.chunk(2, 1)
+            k = F.rms_norm(k, k.shape[-1:], None, self._config.norm_eps) * self._k_norm
+            kv = torch.cat([k, v], 1)
         rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
         self._cache.write(0, rows.slots, apply_rope(kv, rope))
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""
-        q = linear(self._normalize(trunk), self._q).view(len(trunk), -1, self._config.head_dim)
+        q = linear(self._normalize(trunk), self._q)
+        if self._q_bias is not None:
+            q = q + self._q_bias
+        q = q.view(len(trunk), -1, self._config.head_dim)
+        if self._q_norm is not None:
+            q = F.rms_norm(q, q.shape[-1:], None, self._config.norm_eps) * self._q_norm
         k, v = self._cache.read(0, row.mask.shape[-1])
         y = F.scaled_dot_product_attention(
             apply_rope(q, row.rope).unsqueeze(2), k, v, attn_mask=row.mask, enable_gqa=True
         )
-        y = y.view(self._batch, -1, self._config.dim).transpose(0, 1)
+        y = y.view(self._batch, len(self._out), -1).transpose(0, 1)
         x = torch.baddbmm(trunk, y, self._out)
         gate, up = torch.bmm(self._normalize(x), self._gate_up).chunk(2, -1)
         return torch.baddbmm(x, F.silu(gate) * up, self._down)

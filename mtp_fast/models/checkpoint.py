@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mtp_fast.models.config import MTPConfig
+from mtp_fast.models.layout import Layout, open_safetensors
 from mtp_fast.models.transformer import MTPTransformer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+LAYOUT = Layout(
+    config_file=CONFIG_FILE,
+    outer={name: name for name in ("embedding.weight", "norm.weight", "unembedding.weight")},
+    block={
+        name: (name,)
+        for name in (
+            "attention_norm.weight",
+            "attention.qkv.weight",
+            "attention.qkv.bias",
+            "attention.q_norm.weight",
+            "attention.k_norm.weight",
+            "attention.out.weight",
+            "ffn_norm.weight",
+            "ffn.gate_up.weight",
+            "ffn.down.weight",
+        )
+    },
+    prefixes=lambda n_trunk, n_heads: [
+        *(f"trunk.blocks.{i}" for i in range(n_trunk)),
+        *(f"heads.{k}" for k in range(n_heads)),
+    ],
+)
 
 
 def save_checkpoint(model: MTPTransformer, path: str | Path) -> None:
@@ -41,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MTPTransformer:
-    """Read a model that `save_checkpoint` wrote.
+    """Read a model that `save_checkpoint` wrote, in float32.
 
     Raises
     ------
@@ -49,34 +74,28 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> MTP
         If `path` is not a checkpoint, or its weights are damaged or of another shape than its
         configuration says.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return load(Path(path), None, None, torch.float32, device)
 
-    path = Path(path)
+
+def load(
+    path: Path,
+    n_future_tokens: int | None,
+    max_seq_len: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> MTPTransformer:
+    """Read the model in `path`, see `MTPTransformer.from_pretrained`."""
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is not a checkpoint: no {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     try:
-        config = MTPConfig.from_json((path / CONFIG_FILE).read_text())
+        config = stored = MTPConfig.from_json((path / CONFIG_FILE).read_text())
+        if n_future_tokens is not None:
+            n_layers = stored.n_trunk_layers + n_future_tokens
+            config = replace(config, n_layers=n_layers, n_future_tokens=n_future_tokens)
+        if max_seq_len is not None:
+            config = replace(config, max_seq_len=max_seq_len)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    try:
-        weights = load_file(path / WEIGHTS_FILE, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {error}") from error
-    model = MTPTransformer(config).to(device)
-    if config.tie_embeddings and "embedding.weight" in weights:
-        weights["unembedding.weight"] = weights["embedding.weight"]
-    expected = model.state_dict()
-    if names := sorted(weights.keys() ^ expected.keys()):
-        raise ValueError(
-            f"{path / WEIGHTS_FILE} does not hold the model of {CONFIG_FILE}: "
-            f"{names[0]} is {'missing' if names[0] in expected else 'unknown'}"
-        )
-    for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
-            raise ValueError(
-                f"{path / WEIGHTS_FILE} does not hold the model of {CONFIG_FILE}: {name} is "
-                f"{tuple(weight.shape)}, expected {tuple(expected[name].shape)}"
-            )
-    model.load_state_dict(weights)
-    return model
+    weights = path / WEIGHTS_FILE
+    with open_safetensors([weights]) as tensors:
+        return LAYOUT.read(config, stored.n_future_tokens, tensors, weights, dtype, device)

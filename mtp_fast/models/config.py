@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_fast.models.rope_scaling import check_rope_scaling
+
 
 @dataclass(frozen=True)
 class MTPConfig:
@@ -37,6 +39,15 @@ class MTPConfig:
         Whether the unembedding is the token embedding.
     dropout : float
         Probability of dropping an element of the embedding and of each branch's output.
+    attention_head_dim : int, optional
+        Width of one attention head; ``dim / n_attention_heads`` by default.
+    qkv_bias : bool
+        Whether query, key and value have a bias, as in Qwen2.
+    qk_norm : bool
+        Whether queries and keys are normalised head by head before they are rotated, as in Qwen3.
+    rope_scaling : dict, optional
+        How the rotary frequencies are scaled, in the terms of a Hugging Face `config.json`:
+        ``{"rope_type": "linear" | "llama3" | "yarn", "factor": ..., ...}``.
 
     Raises
     ------
@@ -56,11 +67,15 @@ class MTPConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     dropout: float = 0.0
+    attention_head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int":
+            if field.type == "int" or (field.type == "int | None" and value is not None):
                 _check_positive_int(field.name, value)
             elif field.type == "float" and (
                 isinstance(value, bool) or not isinstance(value, (int, float))
@@ -68,7 +83,10 @@ class MTPConfig:
                 raise TypeError(f"{field.name} must be a number, got {value!r}")
             elif field.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{field.name} must be true or false, got {value!r}")
-        if self.dim % self.n_attention_heads or self.head_dim % 2:
+        if self.attention_head_dim is not None:
+            if self.attention_head_dim % 2:
+                raise ValueError(f"attention_head_dim must be even, got {self.attention_head_dim}")
+        elif self.dim % self.n_attention_heads or self.head_dim % 2:
             raise ValueError(
                 "dim must be n_attention_heads times an even number, "
                 f"got dim={self.dim} and n_attention_heads={self.n_attention_heads}"
@@ -88,11 +106,13 @@ class MTPConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.n_attention_heads
+        return self.attention_head_dim or self.dim // self.n_attention_heads
 
     @property
     def n_trunk_layers(self) -> int:

@@ -8,16 +8,22 @@ are gate and up, because a small batch pays by the call.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_fast.models.config import MTPConfig
+from mtp_fast.models.rope_scaling import scale_frequencies
 
 
-def rope_table(head_dim: int, length: int, theta: float) -> Tensor:
-    """Cosines and signed sines of the rotary embedding.
+def rope_table(
+    head_dim: int, length: int, theta: float, scaling: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Cosines and signed sines of the rotary embedding, `scaling` as in `MTPConfig`.
 
     Returns
     -------
@@ -25,9 +31,12 @@ def rope_table(head_dim: int, length: int, theta: float) -> Tensor:
         (length, 2, 1, head_dim) float32, for `apply_rope`: ``[:, 0]`` multiplies the vector, and
         ``[:, 1]``, its first half negated, the vector with its halves swapped.
     """
-    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), inverse).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factor = 1.0
+    if scaling is not None:
+        frequencies, factor = scale_frequencies(frequencies, theta, scaling)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).unsqueeze(1)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).float()
 
 
@@ -59,18 +68,28 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_attention_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(
-            config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False
+            config.dim,
+            (self.n_heads + 2 * self.n_kv_heads) * self.head_dim,
+            bias=config.qkv_bias,
         )
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
+
+    def normalize(self, qkv: Tensor) -> Tensor:
+        """Normalise queries and keys of `qkv` (..., heads, head_dim), if this model does so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.tensor_split([self.n_heads, self.n_heads + self.n_kv_heads], -2)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], -2)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """Map (B, T, dim) to (B, T, dim); `rope` is (T, 2, 1, head_dim)."""
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        qkv = self.normalize(self.qkv(x).unflatten(-1, (-1, self.head_dim)))
         qk, v = qkv.tensor_split([self.n_heads + self.n_kv_heads], -2)
         q, k = apply_rope(qk, rope.to(qk.dtype)).tensor_split([self.n_heads], -2)
         y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out: Tensor = self.out(y.transpose(1, 2).reshape(batch, length, dim))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(-2))
         return out
 
 
@@ -117,8 +136,7 @@ class Trunk(nn.Module):
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
-        table = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.register_buffer("rope", table, persistent=False)
+        self.register_buffer("rope", rope_of(config), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map embeddings (B, T, dim) to the heads' input (B, T, dim)."""
@@ -160,8 +178,7 @@ class MTPTransformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = config.dropout
-        table = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.register_buffer("rope", table, persistent=False)
+        self.register_buffer("rope", rope_of(config), persistent=False)
         for module in self.modules():
             if isinstance(module, Block):
                 _init_block(module, config)
@@ -215,11 +232,95 @@ class MTPTransformer(nn.Module):
         out: Tensor = self.norm(self.heads[k](x, self.rope[: x.shape[1]]))
         return out
 
+    def freeze_next_token_model(self) -> None:
+        """Take all that head 0's output depends on out of training.
+
+        What is left to train are heads 1, 2, ...: they learn to draft for a model that stays, bit
+        for bit, the one it was.
+
+        Raises
+        ------
+        ValueError
+            If head 0 is the only one.
+        """
+        if len(self.heads) == 1:
+            raise ValueError("the model has one head: nothing would be left to train")
+        for module in (self.embedding, self.trunk, self.heads[0], self.norm, self.unembedding):
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        n_future_tokens: int | None = None,
+        *,
+        max_seq_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> MTPTransformer:
+        """Read a model from a directory, whoever wrote it.
+
+        The directory holds a Hugging Face model of the Llama family (Llama, Mistral, Qwen2, Qwen3;
+        safetensors), a model in the layout of Meta's multi-token release, or a checkpoint of ours.
+
+        Parameters
+        ----------
+        path : str or Path
+            The directory.
+        n_future_tokens : int, optional
+            Heads of the model that is returned; as many as are stored by default. Head 0 is the
+            stored model's last layer. Stored heads beyond `n_future_tokens` are left out, and
+            heads that are not stored start as copies of head 0.
+        max_seq_len : int, optional
+            Longest sequence; what the stored model says by default.
+        dtype, device
+            Of the parameters.
+
+        Raises
+        ------
+        ValueError
+            If there is no model in `path`, it is damaged, or it has something we do not support;
+            the message says what.
+        """
+        from mtp_fast.models.pretrained import load  # it builds on this file
+
+        return load(path, n_future_tokens, max_seq_len, dtype, device)
+
+    def save_pretrained(self, path: str | Path, layout: str = "huggingface") -> None:
+        """Write the model for others to read, into the directory `path`.
+
+        Parameters
+        ----------
+        path : str or Path
+            The directory; it is made if need be, and files of the same names are replaced.
+        layout : {"huggingface", "meta"}
+            "huggingface": trunk and head 0 as an ordinary model that transformers loads, and the
+            other heads beside it in `extra_heads.safetensors`. "meta": `consolidated.pth` and
+            `params.json` as in Meta's multi-token release.
+
+        Raises
+        ------
+        ValueError
+            If the layout cannot express this model.
+        TypeError
+            If the trunk is not our `Trunk`.
+        """
+        from mtp_fast.models.pretrained import save
+
+        save(self, path, layout)
+
+
+def rope_of(config: MTPConfig) -> Tensor:
+    """Return the rotations of every position of a model."""
+    return rope_table(config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling)
+
 
 def _init_block(block: Block, config: MTPConfig) -> None:
     """Normal with fan-in scale; what writes to the residual stream is divided by its depth."""
     for linear in (block.attention.qkv, block.ffn.gate_up):
         nn.init.normal_(linear.weight, std=config.dim**-0.5)
+    if block.attention.qkv.bias is not None:
+        nn.init.zeros_(block.attention.qkv.bias)
     # Depth as a token sees it: the trunk and one head, two branches each.
     depth = 2 * (config.n_trunk_layers + 1)
     for linear in (block.attention.out, block.ffn.down):

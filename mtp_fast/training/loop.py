@@ -76,6 +76,8 @@ class TrainConfig:
         See `multi_token_loss`.
     compile : bool
         Whether trunk and heads go through torch.compile.
+    freeze_next_token_model : bool
+        Train heads 1, 2, ... only, see `MTPTransformer.freeze_next_token_model`.
     eval_every, eval_batches : int
         Steps between validations, and batches of one.
     checkpoint_every : int
@@ -103,6 +105,7 @@ class TrainConfig:
     precision: str = "float32"
     route: str = "parallel"
     compile: bool = False
+    freeze_next_token_model: bool = False
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 500
@@ -218,6 +221,8 @@ class Trainer:
                 )
         self.model, self.config, self.directory = model, config, directory
         self.device = model.unembedding.weight.device
+        if config.freeze_next_token_model:
+            model.freeze_next_token_model()
         self._train = Windows(train_tokens, config.batch_size, config.context, config.seed)
         self._validation = Windows(validation_tokens, config.batch_size, config.context, 0)
         if config.compile:
