@@ -1,0 +1,74 @@
+"""The model run incrementally against full recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtp_fast.decoding.incremental import IncrementalModel, add_linear, linear
+from tiny_models import sharp_model
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_row_products(rows, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    residual = torch.randn(rows, 40).to(dtype)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    assert linear(x, weight).is_contiguous()
+    torch.testing.assert_close(
+        add_linear(residual, x, weight).float(),
+        residual.float() + F.linear(x.float(), weight.float()),
+        rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-4 if dtype == torch.float32 else 0.1,
+    )
+
+
+@torch.no_grad()
+def test_incremental_logits_equal_full_recomputation():
+    """In pieces of any size, with a ragged batch: every head, every position."""
+    model = sharp_model()
+    lengths = torch.tensor([3, 7])
+    tokens = torch.randint(0, 40, (2, 30))
+    for pieces in ([1] * 12, [5, 1, 3, 3], [12]):
+        cached = IncrementalModel(model, 4, batch=2, capacity=40)
+        # Each sequence starts at its own place: first its own prefix, alone in its row.
+        prefix = cached.rows(torch.zeros_like(lengths), 7, 7)
+        cached.forward(tokens[:, :7], prefix)
+        start = lengths.clone()
+        for size in pieces:
+            block = torch.stack([tokens[b, s : s + size] for b, s in enumerate(start.tolist())])
+            trunk, hidden = cached.forward(block, cached.rows(start, size, 40))
+            start = start + size
+            drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 40))
+            for b, end in enumerate(start.tolist()):
+                context = tokens[b : b + 1, :end]
+                expected = model.logits(context)[0, end - size : end]
+                torch.testing.assert_close(cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4)
+                for k in (1, 2, 3):
+                    torch.testing.assert_close(
+                        drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=1e-4, atol=1e-4
+                    )
+
+
+@torch.no_grad()
+def test_rewinding_is_writing_again():
+    model = sharp_model()
+    tokens = torch.randint(0, 40, (1, 12))
+    cached = IncrementalModel(model, 4, batch=1, capacity=16)
+    start = torch.zeros(1, dtype=torch.int64)
+    cached.forward(tokens[:, :8], cached.rows(start, 8, 8))
+    wrong = (tokens[:, 8:] + 1) % 40
+    cached.forward(wrong, cached.rows(start + 8, 4, 12))
+    trunk, hidden = cached.forward(tokens[:, 8:10], cached.rows(start + 8, 2, 12))
+    torch.testing.assert_close(
+        cached.logits(hidden), model.logits(tokens[:, :10])[:, 8:], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        cached.draft_logits(trunk[:, -1], cached.rows(start + 9, 1, 12))[0, 2],
+        model.logits(tokens[:, :10], 3)[0, -1],
+        rtol=1e-4,
+        atol=1e-4,
+    )
