@@ -247,7 +247,8 @@ class _Decoder:
         self.drafts = self.prompt_length.new_zeros(batch, n_heads - 1)
         self.draft_logits: Tensor | None = None
         if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
-            self.draft_logits = weight.new_zeros(batch, n_heads - 1, model.config.vocab_size)
+            shape = (batch, n_heads - 1, model.config.vocab_size)
+            self.draft_logits = weight.new_zeros(shape, dtype=self.model.dtype)
         self.columns = torch.arange(n_heads, device=device)
 
     def prefill(self) -> None:
