@@ -23,6 +23,7 @@ from mtp_fast.training import (
 )
 
 CLI_EXTRA = ("matplotlib", "rich", "safetensors")
+SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -100,10 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(run)
     run.set_defaults(run=_train)
 
-    run = commands.add_parser("generate", help="continue a prompt with a checkpoint")
-    run.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    run = commands.add_parser("generate", help="continue prompts with a checkpoint")
+    run.add_argument(
+        "checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the shipped one)"
+    )
     source = run.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     source.add_argument("--prompt-file", type=Path, help="or a file that holds it")
     run.add_argument("--max-new-tokens", type=int, default=256)
     run.add_argument("--heads", type=int, help="heads in use (default: all)")
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=float)
     run.add_argument("--min-p", type=float)
     run.add_argument("--rule", choices=["exact", "block", "typical"], default="exact")
+    run.add_argument("--stream", action="store_true", help="print one prompt's text as it comes")
     _add_common(run)
     run.set_defaults(run=_generate)
     return parser
@@ -214,18 +218,25 @@ def _resumed_trainer(args: argparse.Namespace) -> Trainer:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mtp_fast.terminal import print_continuation
+    from mtp_fast.terminal import ByteStream, print_continuation
 
-    model = load_checkpoint(args.checkpoint, _device(args.device)).eval()
+    checkpoint, device = args.checkpoint or SHIPPED_CHECKPOINT, _device(args.device)
+    if args.checkpoint is None and not SHIPPED_CHECKPOINT.is_dir():
+        raise ValueError(f"no checkpoint given, and none was shipped in {SHIPPED_CHECKPOINT}")
+    model = load_checkpoint(checkpoint, device).eval()
+    model.to(getattr(torch, default_precision(device)))
     if model.config.vocab_size != BYTE_VOCAB_SIZE:
         raise ValueError(
-            f"{args.checkpoint} has a vocabulary of {model.config.vocab_size}, "
+            f"{checkpoint} has a vocabulary of {model.config.vocab_size}, "
             f"the prompt is bytes ({BYTE_VOCAB_SIZE})"
         )
-    text = args.prompt.encode() if args.prompt is not None else args.prompt_file.read_bytes()
+    texts = [args.prompt_file.read_bytes()] if args.prompt is None else map(str.encode, args.prompt)
+    texts = list(texts)
+    if args.stream and len(texts) > 1:
+        raise ValueError(f"--stream prints one prompt, got {len(texts)}")
     result = generate(
         model,
-        [torch.tensor(list(text), dtype=torch.int64)],
+        [torch.tensor(list(text), dtype=torch.int64) for text in texts],
         args.max_new_tokens,
         n_heads=args.heads,
         temperature=args.temperature,
@@ -235,11 +246,16 @@ def _generate(args: argparse.Namespace) -> int:
         rule=args.rule,
         seed=args.seed,
         eos_token_id=SEPARATOR,
+        on_tokens=ByteStream(texts[0]).write if args.stream else None,
     )
-    print_continuation(text, result.tokens[0], result.drafted[0])
+    if args.stream:
+        print()
+    else:
+        for text, tokens, drafted in zip(texts, result.tokens, result.drafted, strict=True):
+            print_continuation(text, tokens, drafted)
     stats = result.stats
     print(
-        f"{len(result.tokens[0])} tokens in {stats.seconds:.2f} s, "
+        f"{sum(map(len, result.tokens))} tokens in {stats.seconds:.2f} s, "
         f"{stats.tokens_per_forward:.2f} tokens per forward",
         file=sys.stderr,
     )

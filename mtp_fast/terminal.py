@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from types import TracebackType
 
 from rich.console import Console
@@ -91,6 +92,21 @@ def print_continuation(prompt: bytes, tokens: Tensor, drafted: Tensor) -> None:
             text.append(piece.replace("\0", ""), style=DRAFT_STYLE if drafted[start] else "")
             start = end
     Console().print(text, soft_wrap=True)
+
+
+class ByteStream:
+    """Prints bytes as they come, each character once it is complete."""
+
+    def __init__(self, prompt: bytes) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._print(prompt)
+
+    def write(self, _: int, tokens: Tensor) -> None:
+        """Print new tokens; the first argument is the sequence, of which there is one."""
+        self._print(bytes(tokens.tolist()).replace(b"\0", b""))
+
+    def _print(self, text: bytes) -> None:
+        print(self._decoder.decode(text), end="", flush=True)
 
 
 def _losses(values: list[float]) -> str:
