@@ -17,6 +17,7 @@
 #include "common/simd_functions.h"
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
+#include "few_row_linear/params.h"
 
 #if MTP_WITH_CUDA
 #include "cuda/device.h"
@@ -98,6 +99,14 @@ auto cuda_entry(Status (*kernel)(const Params&, void*), Params (*make)(Args...))
   };
 }
 #endif
+
+void few_row_linear(int threads, int dtype, uintptr_t x, uintptr_t weight, int64_t weight_ld,
+                    uintptr_t residual, uintptr_t y, int64_t rows, int64_t in, int64_t out) {
+  few_row_linear_cpu(
+      {pointer<const void>(x), pointer<const void>(weight), pointer<const float>(residual),
+       pointer<float>(y), rows, in, out, weight_ld, static_cast<DType>(dtype)},
+      threads);
+}
 
 void scaled_add(int threads, int x_dtype, uintptr_t x, int y_dtype, uintptr_t y, int64_t n,
                 float alpha, bool accumulate) {
@@ -215,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
   using without_gil = py::call_guard<py::gil_scoped_release>;
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
+  m.def("few_row_linear", &mtp::few_row_linear, without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
         without_gil());

@@ -28,6 +28,18 @@ def cross_entropy(
 def scaled_add(
     threads: int, x_dtype: int, x: int, y_dtype: int, y: int, n: int, alpha: float, accumulate: bool
 ) -> None: ...
+def few_row_linear(
+    threads: int,
+    dtype: int,
+    x: int,
+    weight: int,
+    weight_ld: int,
+    residual: int,
+    y: int,
+    rows: int,
+    in_: int,
+    out: int,
+) -> None: ...
 def speculative_accept(*arguments: Any) -> tuple[str, int]: ...
 def sample(*arguments: Any) -> tuple[str, int]: ...
 def philox4x32_10(counter: list[int], key0: int, key1: int) -> list[int]: ...

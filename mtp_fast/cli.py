@@ -16,7 +16,6 @@ from mtp_fast.decoding import generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.text import load_codec
 from mtp_fast.training import (
-    BYTE_VOCAB_SIZE,
     Corpus,
     PreparedCorpus,
     StepMetrics,
@@ -36,6 +35,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tokenizers": "tokenizers",
 }
+SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -145,10 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(run)
     run.set_defaults(run=_train)
 
-    run = commands.add_parser("generate", help="continue a prompt with a checkpoint")
-    run.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    run = commands.add_parser("generate", help="continue prompts with a checkpoint")
+    run.add_argument(
+        "checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the shipped one)"
+    )
     source = run.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     source.add_argument("--prompt-file", type=Path, help="or a file that holds it")
     run.add_argument("--max-new-tokens", type=int, default=256)
     run.add_argument("--heads", type=int, help="heads in use (default: all)")
@@ -157,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-p", type=float)
     run.add_argument("--min-p", type=float)
     run.add_argument("--rule", choices=["exact", "block", "typical"], default="exact")
+    run.add_argument("--stream", action="store_true", help="print one prompt's text as it comes")
     _add_common(run)
     run.set_defaults(run=_generate)
     return parser
@@ -313,15 +316,22 @@ def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mtp_fast.terminal import print_continuation
+    from mtp_fast.terminal import TextStream, print_continuation
 
-    model = MTPTransformer.from_pretrained(args.checkpoint, device=_device(args.device)).eval()
-    codec = load_codec(args.checkpoint, model.config.vocab_size)
-    text = args.prompt.encode() if args.prompt is not None else args.prompt_file.read_bytes()
-    prompt = torch.tensor(codec.encode(text), dtype=torch.int64)
+    checkpoint, device = args.checkpoint or SHIPPED_CHECKPOINT, _device(args.device)
+    if args.checkpoint is None and not SHIPPED_CHECKPOINT.is_dir():
+        raise ValueError(f"no checkpoint given, and none was shipped in {SHIPPED_CHECKPOINT}")
+    dtype = getattr(torch, default_precision(device))
+    model = MTPTransformer.from_pretrained(checkpoint, dtype=dtype, device=device).eval()
+    codec = load_codec(checkpoint, model.config.vocab_size)
+    texts = [args.prompt_file.read_bytes()] if args.prompt is None else map(str.encode, args.prompt)
+    prompts = [torch.tensor(codec.encode(text), dtype=torch.int64) for text in texts]
+    if args.stream and len(prompts) > 1:
+        raise ValueError(f"--stream prints one prompt, got {len(prompts)}")
+    stream = TextStream(prompts[0], codec.decode) if args.stream else None
     result = generate(
         model,
-        [prompt],
+        prompts,
         args.max_new_tokens,
         n_heads=args.heads,
         temperature=args.temperature,
@@ -331,11 +341,16 @@ def _generate(args: argparse.Namespace) -> int:
         rule=args.rule,
         seed=args.seed,
         eos_token_id=codec.eos_token_id,
+        on_tokens=None if stream is None else stream.write,
     )
-    print_continuation(prompt, result.tokens[0], result.drafted[0], codec.decode)
+    if stream is not None:
+        stream.close()
+    else:
+        for prompt, tokens, drafted in zip(prompts, result.tokens, result.drafted, strict=True):
+            print_continuation(prompt, tokens, drafted, codec.decode)
     stats = result.stats
     print(
-        f"{len(result.tokens[0])} tokens in {stats.seconds:.2f} s, "
+        f"{sum(map(len, result.tokens))} tokens in {stats.seconds:.2f} s, "
         f"{stats.tokens_per_forward:.2f} tokens per forward",
         file=sys.stderr,
     )

@@ -97,6 +97,28 @@ def print_continuation(
     Console().print(text, soft_wrap=True)
 
 
+class TextStream:
+    """Prints text as its tokens come, each character once it is complete."""
+
+    def __init__(self, prompt: Tensor, decode: Callable[[list[int]], str]) -> None:
+        self._ids, self._decode, self._shown = prompt.tolist(), decode, 0
+        self._print(self._decode(self._ids).rstrip("\ufffd"))
+
+    def write(self, _: int, tokens: Tensor) -> None:
+        """Print new tokens; the first argument is the sequence, of which there is one."""
+        self._ids += tokens.tolist()
+        self._print(self._decode(self._ids).rstrip("\ufffd"))
+
+    def close(self) -> None:
+        """Print what is left, complete or not, and end the line."""
+        self._print(self._decode(self._ids))
+        print()
+
+    def _print(self, text: str) -> None:
+        print(text[self._shown :], end="", flush=True)
+        self._shown = max(self._shown, len(text))
+
+
 def _losses(values: list[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 

@@ -103,6 +103,7 @@ def test_bad_input_through_a_process(arguments, words, tmp_path):
         ("generate CHECKPOINT --prompt-file EMPTY", ["prompts[0]", "not empty"]),
         ("generate CHECKPOINT --prompt-file MISSING", ["missing.txt"]),
         ("generate CHECKPOINT", ["--prompt"]),
+        ("generate CHECKPOINT --prompt x --prompt y --stream", ["--stream prints one", "got 2"]),
         ("generate CHECKPOINT --prompt x --max-new-tokens 8 --temperature -1", ["temperature"]),
         ("generate CHECKPOINT --prompt x --max-new-tokens 8 --top-p 1.5", ["top_p"]),
         ("generate RESHAPED --prompt x", ["does not hold the model of config.json"]),
@@ -210,6 +211,31 @@ def test_generate_takes_the_tokenizer_beside_a_checkpoint(tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert cli.main(line) == 2
     assert "tokenizer.json is not a tokenizer" in capsys.readouterr().err
+
+
+def test_several_prompts_and_streaming(checkpoint, capsys):
+    command = ["generate", str(checkpoint), "--max-new-tokens", "9", "--prompt", "é = "]
+    assert cli.main([*command, "--prompt", "def "]) == 0
+    both = capsys.readouterr()
+    assert "18 tokens" in both.err
+    assert cli.main(command) == 0
+    alone = capsys.readouterr().out
+    assert both.out.startswith(alone)
+    assert both.out[len(alone) :].startswith("def ")
+    assert cli.main([*command, "--stream"]) == 0
+    streamed = capsys.readouterr().out
+    printable = lambda text: "".join(filter(str.isprintable, text))  # noqa: E731
+    assert printable(streamed) == printable(alone)
+
+
+def test_the_shipped_checkpoint_is_the_default(checkpoint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", checkpoint)
+    assert cli.main(["generate", "--prompt", "def ", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "gone")
+    assert cli.main(["generate", "--prompt", "def "]) == 2
+    captured = capsys.readouterr()
+    assert_one_clear_line(2, captured.out, captured.err, "no checkpoint given", "gone")
 
 
 def test_ctrl_c_saves_what_resume_continues(text, tmp_path):

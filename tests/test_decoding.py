@@ -1,62 +1,16 @@
-"""Incremental inference and self-speculative generation against full recomputation."""
+"""Self-speculative generation against full recomputation, and its interface."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy.stats import chisquare
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_fast.decoding import generate
-from mtp_fast.decoding.incremental import IncrementalModel, add_linear, linear
-from mtp_fast.models import MTPConfig, MTPTransformer
-
-CONFIG = MTPConfig(
-    vocab_size=40,
-    dim=32,
-    n_layers=5,
-    n_attention_heads=4,
-    n_kv_heads=2,
-    n_future_tokens=4,
-    ffn_dim=48,
-    max_seq_len=96,
-)
-
-
-def sharp_model(seed: int = 0, **changes) -> MTPTransformer:
-    """A random model whose heads half agree, so that drafts are both accepted and rejected."""
-    torch.manual_seed(seed)
-    model = MTPTransformer(dataclasses.replace(CONFIG, **changes)).eval()
-    with torch.no_grad():
-        for norm in (m for m in model.modules() if isinstance(m, nn.RMSNorm)):
-            norm.weight.uniform_(0.5, 1.5)  # so that a norm that is left out shows
-        model.unembedding.weight.mul_(3)
-    return model
-
-
-def cyclic_model(period: int) -> MTPTransformer:
-    """A model whose every head is right on the sequence 0, 1, ..., period - 1, 0, 1, ..."""
-    model = sharp_model(vocab_size=period, n_layers=4)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-        model.embedding.weight.copy_(torch.eye(period, 32))
-        model.norm.weight.fill_(1.0)
-        model.unembedding.weight.copy_(torch.eye(period, 32))
-    for k, head in enumerate(model.heads):
-        shift = torch.zeros(32, 32)
-        for token in range(period):
-            shift[token, token] = -10.0
-            shift[(token + 1 + k) % period, token] = 10.0
-        with torch.no_grad():
-            head.ffn_norm.weight.fill_(1.0)
-            head.ffn.gate_up.weight[:32].copy_(10 * torch.eye(32))
-            head.ffn.gate_up.weight[48 : 48 + 32].copy_(torch.eye(32))
-            head.ffn.down.weight[:, :32].copy_(shift)
-    return model
+from mtp_fast.decoding.speculative import STEPS_PER_CHECK, _Decoder
+from mtp_fast.models import MTPTransformer
+from tiny_models import CONFIG, cyclic_model, ragged_prompts, sharp_model
 
 
 @torch.no_grad()
@@ -66,75 +20,6 @@ def greedy_by_recomputation(model: MTPTransformer, prompt: torch.Tensor, count: 
         best = model.logits(tokens[None])[0, -1].argmax()
         tokens = torch.cat([tokens, best[None]])
     return tokens[len(prompt) :]
-
-
-def ragged_prompts(*lengths: int) -> list[torch.Tensor]:
-    torch.manual_seed(1)
-    return [torch.randint(0, CONFIG.vocab_size, (n,)) for n in lengths]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 6, 7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_row_products(rows, dtype):
-    torch.manual_seed(0)
-    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(40, 24).to(dtype)
-    residual = torch.randn(rows, 40).to(dtype)
-    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
-    assert linear(x, weight).is_contiguous()
-    torch.testing.assert_close(
-        add_linear(residual, x, weight).float(),
-        residual.float() + F.linear(x.float(), weight.float()),
-        rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
-        atol=1e-4 if dtype == torch.float32 else 0.1,
-    )
-
-
-@torch.no_grad()
-def test_incremental_logits_equal_full_recomputation():
-    """In pieces of any size, with a ragged batch: every head, every position."""
-    model = sharp_model()
-    lengths = torch.tensor([3, 7])
-    tokens = torch.randint(0, 40, (2, 30))
-    for pieces in ([1] * 12, [5, 1, 3, 3], [12]):
-        cached = IncrementalModel(model, 4, batch=2, capacity=40)
-        # Each sequence starts at its own place: first its own prefix, alone in its row.
-        prefix = cached.rows(torch.zeros_like(lengths), 7, 7)
-        cached.forward(tokens[:, :7], prefix)
-        start = lengths.clone()
-        for size in pieces:
-            block = torch.stack([tokens[b, s : s + size] for b, s in enumerate(start.tolist())])
-            trunk, hidden = cached.forward(block, cached.rows(start, size, 40))
-            start = start + size
-            drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 40))
-            for b, end in enumerate(start.tolist()):
-                context = tokens[b : b + 1, :end]
-                expected = model.logits(context)[0, end - size : end]
-                torch.testing.assert_close(cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4)
-                for k in (1, 2, 3):
-                    torch.testing.assert_close(
-                        drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=1e-4, atol=1e-4
-                    )
-
-
-@torch.no_grad()
-def test_rewinding_is_writing_again():
-    model = sharp_model()
-    tokens = torch.randint(0, 40, (1, 12))
-    cached = IncrementalModel(model, 4, batch=1, capacity=16)
-    start = torch.zeros(1, dtype=torch.int64)
-    cached.forward(tokens[:, :8], cached.rows(start, 8, 8))
-    wrong = (tokens[:, 8:] + 1) % 40
-    cached.forward(wrong, cached.rows(start + 8, 4, 12))
-    trunk, hidden = cached.forward(tokens[:, 8:10], cached.rows(start + 8, 2, 12))
-    torch.testing.assert_close(
-        cached.logits(hidden), model.logits(tokens[:, :10])[:, 8:], rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(
-        cached.draft_logits(trunk[:, -1], cached.rows(start + 9, 1, 12))[0, 2],
-        model.logits(tokens[:, :10], 3)[0, -1],
-        rtol=1e-4,
-        atol=1e-4,
-    )
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 4])
@@ -191,51 +76,121 @@ def test_a_sequence_ends_after_its_eos(n_heads):
     assert result.stats.forwards[0] == 2
 
 
-@pytest.mark.parametrize(("n_heads", "rule"), [(1, "exact"), (4, "exact"), (4, "block")])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"temperature": 0.7}])
-def test_sampled_continuations_have_the_models_distribution(n_heads, rule, filters):
-    """Three tokens of a five-word model, against their enumerated joint law."""
-    model = sharp_model(3, vocab_size=5, n_layers=4, dim=16, ffn_dim=16)
-    with torch.no_grad():
-        model.unembedding.weight.div_(3)
-    temperature, top_k = filters.get("temperature", 1.0), filters.get("top_k")
-    prompt = torch.tensor([1, 4, 2])
-    law = torch.ones(1, dtype=torch.float64)
-    contexts = prompt[None]
-    with torch.no_grad():
-        for _ in range(3):
-            logits = model.logits(contexts)[:, -1].double() / temperature
-            if top_k:
-                cut = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < cut, -torch.inf)
-            law = (law[:, None] * logits.softmax(-1)).flatten()
-            contexts = torch.cat(
-                [contexts.repeat_interleave(5, 0), torch.arange(5).repeat(len(contexts))[:, None]],
-                1,
-            )
-    count = 8000
-    result = generate(
-        model,
-        prompt.expand(count, -1),
-        3,
-        n_heads=n_heads,
-        rule=rule,
-        seed=11,
-        temperature=temperature,
-        top_k=top_k,
+@pytest.mark.parametrize("limits", [[9, 30, 1], torch.tensor([9, 30, 1])])
+def test_each_sequence_has_its_limit(limits):
+    model, prompts = sharp_model(), ragged_prompts(9, 2, 5)
+    result = generate(model, prompts, limits)
+    assert [len(tokens) for tokens in result.tokens] == [9, 30, 1]
+    for b, limit in enumerate([9, 30, 1]):
+        alone = generate(model, [prompts[b]], limit)
+        assert torch.equal(result.tokens[b], alone.tokens[0])
+        assert result.stats.forwards[b] == alone.stats.forwards[0]
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_several_end_tokens_shared_or_one_set_a_sequence(n_heads):
+    model, prompts = cyclic_model(7), [torch.tensor([2, 3]), torch.tensor([5])]
+    for ends in ([2, 5], torch.tensor([2, 5])):
+        result = generate(model, prompts, 20, n_heads=n_heads, eos_token_id=ends)
+        assert [tokens.tolist() for tokens in result.tokens] == [[4, 5], [6, 0, 1, 2]]
+    own = torch.tensor([[6, -1], [1, 0]])
+    result = generate(model, prompts, 20, n_heads=n_heads, eos_token_id=own)
+    assert [tokens.tolist() for tokens in result.tokens] == [[4, 5, 6], [6, 0]]
+    assert result.stats.acceptance == [1.0] * (n_heads - 1)  # an end is no disagreement
+
+
+def test_sampling_arguments_may_differ_by_sequence():
+    model, prompts = sharp_model(), ragged_prompts(9, 2, 5, 7)
+    sampling = {
+        "temperature": torch.tensor([0.0, 1.0, 0.7, 1.3]),
+        "top_k": torch.tensor([0, 0, 5, 0]),
+        "top_p": torch.tensor([1.0, 1.0, 0.9, 1.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.05]),
+    }
+    seeds = [5, 77, 5, -1]
+    batch = generate(model, prompts, 25, seed=seeds, **sampling)
+    assert torch.equal(
+        torch.stack(batch.tokens),
+        torch.stack(generate(model, prompts, 25, seed=torch.tensor(seeds), **sampling).tokens),
     )
-    drawn = torch.stack(result.tokens) @ torch.tensor([25, 5, 1])
-    observed = torch.bincount(drawn, minlength=125).double()
-    assert observed[law == 0].sum() == 0
-    expected = law[law > 0] * count
-    observed = observed[law > 0]
-    rare = expected < 5  # chi-squared wants cells that are not almost empty: pool these
-    cells = [torch.cat([x[~rare], x[rare].sum(0, keepdim=True)]) for x in (observed, expected)]
-    kept = cells[1] > 0
-    p_value = chisquare(cells[0][kept], cells[1][kept] * (count / cells[1].sum())).pvalue
-    assert p_value > 1e-4
-    if n_heads > 1:
-        assert 0.05 < result.stats.acceptance[0] < 0.95  # both branches were taken
+    for b, prompt in enumerate(prompts):
+        own = {name: values[b].item() for name, values in sampling.items()}
+        alone = generate(model, [prompt], 25, seed=seeds[b], **own)
+        assert torch.equal(batch.tokens[b], alone.tokens[0])
+        assert batch.stats.forwards[b] == alone.stats.forwards[0]
+
+
+def test_equal_seeds_give_equal_streams():
+    model, prompt = sharp_model(), ragged_prompts(5)[0]
+    one, other, third = generate(model, [prompt] * 3, 20, temperature=1.0, seed=[4, 4, 5]).tokens
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+
+
+def test_tokens_are_reported_as_they_are_committed():
+    model, prompts = sharp_model(), ragged_prompts(9, 2, 5)
+    chunks: list[list[torch.Tensor]] = [[] for _ in prompts]
+    result = generate(model, prompts, [20, 3, 11], on_tokens=lambda b, new: chunks[b].append(new))
+    for b, pieces in enumerate(chunks):
+        assert torch.equal(torch.cat(pieces), result.tokens[b])
+        assert len(pieces) == result.stats.forwards[b]  # one report a forward
+        assert len(pieces[0]) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_beyond_the_end_change_nothing(temperature, monkeypatch):
+    """As on CUDA, where an end is noticed late."""
+    model, prompts = sharp_model(), ragged_prompts(9, 2, 5)
+    options = {"temperature": temperature, "eos_token_id": [3, 17]}
+    expected = generate(model, prompts, [25, 4, 11], **options)
+    chunks: list[list[torch.Tensor]] = [[] for _ in prompts]
+    monkeypatch.setitem(STEPS_PER_CHECK, "cpu", 16)
+    late = generate(
+        model, prompts, [25, 4, 11], on_tokens=lambda b, new: chunks[b].append(new), **options
+    )
+    for b, tokens in enumerate(expected.tokens):
+        assert torch.equal(late.tokens[b], tokens)
+        assert torch.equal(torch.cat(chunks[b]), tokens)
+        assert torch.equal(late.drafted[b], expected.drafted[b])
+    assert late.stats.forwards == expected.stats.forwards
+    assert late.stats.acceptance == expected.stats.acceptance
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would wait for a CUDA device, or gives shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+        assert not any(func.__name__.startswith(f"{name}.") for name in waits), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_a_step_can_be_captured(n_heads, temperature):
+    """It waits for nothing, and keeps its state in the same memory."""
+    prompts, limits = ragged_prompts(9, 2), torch.tensor([20, 20])
+    sampling = {"temperature": temperature, "top_k": None, "top_p": 0.9, "min_p": None}
+    decoder = _Decoder(
+        sharp_model(),
+        prompts,
+        limits,
+        n_heads,
+        sampling,
+        "exact",
+        torch.tensor([1, 2]),
+        torch.tensor([[7]]),
+    )
+    decoder.prefill()
+    state = lambda: {  # noqa: E731
+        name: value.data_ptr() for name, value in vars(decoder).items() if torch.is_tensor(value)
+    }
+    before = state()
+    with NoWaiting():
+        decoder.step()
+    assert state() == before
+    assert decoder.produced.min() >= 2
 
 
 def test_limits_at_the_context():
@@ -257,7 +212,16 @@ def test_limits_at_the_context():
         ([torch.tensor([1])], {"n_heads": 0}, ValueError, r"n_heads must be in \[1, 4\], got 0"),
         ([torch.tensor([1])], {"n_heads": 5}, ValueError, r"n_heads must be in \[1, 4\], got 5"),
         ([torch.tensor([1])], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be"),
+        ([torch.tensor([1])], {"max_new_tokens": [4, 4]}, ValueError, "one for each of 1 prompts"),
+        ([torch.tensor([1])] * 2, {"max_new_tokens": [4, 0]}, ValueError, "at least 1, got 0"),
+        ([torch.tensor([1])], {"max_new_tokens": 2.5}, TypeError, "max_new_tokens must hold int"),
+        ([torch.tensor([1])] * 2, {"max_new_tokens": [1, 99]}, ValueError, r"prompts\[1\] .*=99"),
         ([torch.tensor([1])], {"temperature": -1.0}, ValueError, "temperature"),
+        ([torch.tensor([1])], {"temperature": torch.ones(2)}, ValueError, "temperature"),
+        ([torch.tensor([1])], {"seed": [1, 2]}, ValueError, "seed must be one integer or one"),
+        ([torch.tensor([1])], {"seed": 2**64}, TypeError, "seed must hold 64-bit integers"),
+        ([torch.tensor([1])], {"eos_token_id": [[1], [2]]}, ValueError, "eos_token_id must be"),
+        ([torch.tensor([1])], {"eos_token_id": "\n"}, TypeError, "eos_token_id must hold"),
     ],
 )
 def test_bad_input(prompts, changes, error, message):

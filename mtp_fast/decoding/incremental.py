@@ -4,34 +4,62 @@ Trunk and head 0 run on all new rows, since head 0 judges the drafts. The other 
 they store keys and values of the new rows, and answer at one row a sequence. Being alike and
 independent they run as one layer: their weights are stacked and their attention heads lie side by
 side in one call. A small batch pays by the call and by the byte of weights read, so calls are few.
+
+On a CPU everything between the products is float32, whatever the weights are stored in: torch's
+attention and norms are slower in 16 bits there, and the products sum in float32 anyway.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtp_fast.models import Block, KVCache, MTPTransformer, Trunk
+from mtp_fast.models import Block, KVCache, MTPConfig, MTPTransformer, Trunk
 from mtp_fast.models.transformer import apply_rope, rope_table
+from mtp_fast.ops.few_row_linear import MAX_ROWS, few_row_linear
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` for few rows `x` (rows, in) and `weight` (out, in)."""
-    if x.dtype == torch.float32 and 2 <= x.shape[0] <= 6 and x.device.type == "cpu":
-        # MKL repacks the weight for every call unless the few rows are its right operand:
-        # 4 rows through a 1024 x 192 weight take 50 us as F.linear does it and 30 us so.
-        return torch.mm(weight, x.t()).t().contiguous()
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``x @ weight.T`` (+ `residual`) of `x` (rows, in) and `weight` (out, in), in x's dtype."""
+    if x.device.type == "cpu" and x.shape[0] <= MAX_ROWS:
+        return few_row_linear(x.to(weight.dtype), weight, residual)
+    y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return y if residual is None else residual + y
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``residual + x @ weight.T`` for few rows, see `linear`."""
-    if x.dtype == torch.float32 and 2 <= x.shape[0] <= 6 and x.device.type == "cpu":
-        return torch.mm(weight, x.t()).t().add(residual)
-    return torch.addmm(residual, x, weight.t())
+def norm_scale(norm: nn.RMSNorm) -> Tensor:
+    """The weight of `norm` as `normalize` takes it."""
+    return norm.weight.float() * math.sqrt(norm.weight.numel())
+
+
+def stacked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`linear` of each of H pairs: `x` (H, rows, in) and `weight` (H, out, in)."""
+    if x.device.type == "cpu" and x.shape[1] <= MAX_ROWS:
+        residuals = [None] * len(x) if residual is None else residual.expand(len(x), -1, -1)
+        return torch.stack([linear(*each) for each in zip(x, weight, residuals, strict=True)])
+    y = torch.bmm(x.to(weight.dtype), weight.transpose(1, 2)).to(x.dtype)
+    return y if residual is None else residual + y
+
+
+def norm_floor(config: MTPConfig, like: Tensor) -> Tensor:
+    """What `normalize` adds to the length of a vector: ``sqrt(dim * norm_eps)``, 0-d float32."""
+    floor = math.sqrt(config.dim * config.norm_eps)
+    return torch.full((), floor, dtype=torch.float32, device=like.device)
+
+
+def normalize(x: Tensor, scale: Tensor | float, floor: Tensor) -> Tensor:
+    """RMSNorm of `x` (..., dim), in four calls where torch's own takes eight on a CPU."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / torch.hypot(length, floor) * scale).to(x.dtype)
+
+
+def norm_heads(x: Tensor, weight: Tensor, config: MTPConfig) -> Tensor:
+    """RMSNorm of each attention head of `x` (rows, heads, head_dim), in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], None, config.norm_eps) * weight
 
 
 @dataclass(frozen=True)
@@ -81,16 +109,23 @@ class IncrementalModel:
         config, weight = model.config, model.unembedding.weight
         self._model, self._config = model, config
         self._batch, self._capacity = batch, capacity
+        self.dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        like = weight.new_empty(0, dtype=self.dtype)
         heads = [head for head in model.heads if isinstance(head, Block)]
         self._layers = [*model.trunk.blocks, heads[0]]
         self._cache = KVCache(
-            len(self._layers), batch, capacity, config.n_kv_heads, config.head_dim, weight
+            len(self._layers), batch, capacity, config.n_kv_heads, config.head_dim, like
         )
         self._rope = rope_table(
             config.head_dim, capacity, config.rope_theta, config.rope_scaling
-        ).to(weight)
+        ).to(like)
+        self._scales = [
+            (norm_scale(block.attention_norm), norm_scale(block.ffn_norm)) for block in self._layers
+        ]
+        self._final_scale = norm_scale(model.norm)
+        self._floor = norm_floor(config, like)
         self._drafting = (
-            _DraftHeads(model, heads[1:n_heads], batch, capacity) if n_heads > 1 else None
+            _DraftHeads(config, heads[1:n_heads], batch, capacity, like) if n_heads > 1 else None
         )
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
@@ -122,13 +157,13 @@ class IncrementalModel:
         """
         n_kv, n_q = self._config.n_kv_heads, self._config.n_attention_heads
         rope = _rope_for(rows.rope, n_q + n_kv, n_kv)
-        x = trunk = self._model.embedding(tokens.flatten())
+        x = trunk = self._model.embedding(tokens.flatten()).to(self.dtype)
         for layer, block in enumerate(self._layers):
             trunk = x
             x = self._block(layer, block, x, rows, rope)
         if self._drafting is not None:
             self._drafting.write(trunk, rows)
-        return trunk.view(*tokens.shape, -1), self._model.norm(x).view(*tokens.shape, -1)
+        return trunk.view(*tokens.shape, -1), self._normalize(x).view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed `hidden` (..., dim): (..., vocab_size)."""
@@ -147,31 +182,39 @@ class IncrementalModel:
         """
         if self._drafting is None:
             raise ValueError("no drafting heads: n_heads is 1")
-        return self.logits(self._model.norm(self._drafting.read(trunk, row))).transpose(0, 1)
+        return self.logits(self._normalize(self._drafting.read(trunk, row))).transpose(0, 1)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return normalize(x, self._final_scale, self._floor)
 
     def _block(self, layer: int, block: Block, x: Tensor, rows: Rows, rope: Tensor) -> Tensor:
         attention, n_q = block.attention, self._config.n_attention_heads
-        qkv = linear(block.attention_norm(x), attention.qkv.weight)
+        attention_scale, ffn_scale = self._scales[layer]
+        qkv = linear(normalize(x, attention_scale, self._floor), attention.qkv.weight)
         if self._config.qkv_bias:
             qkv = qkv + attention.qkv.bias
-        qkv = attention.normalize(qkv.view(len(x), -1, self._config.head_dim))
+        qkv = qkv.view(len(x), -1, self._config.head_dim)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            q, k, v = qkv.tensor_split([n_q, n_q + self._config.n_kv_heads], 1)
+            q = norm_heads(q, attention.q_norm.weight, self._config)
+            qkv = torch.cat([q, norm_heads(k, attention.k_norm.weight, self._config), v], 1)
         qkv = apply_rope(qkv, rope)
         self._cache.write(layer, rows.slots, qkv[:, n_q:])
         k, v = self._cache.read(layer, rows.mask.shape[-1])
         q = qkv[:, :n_q].reshape(self._batch, -1, n_q, self._config.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, enable_gqa=True)
-        x = add_linear(x, y.transpose(1, 2).reshape(len(x), -1), attention.out.weight)
-        gate, up = linear(block.ffn_norm(x), block.ffn.gate_up.weight).chunk(2, -1)
-        return add_linear(x, F.silu(gate) * up, block.ffn.down.weight)
+        x = linear(y.transpose(1, 2).reshape(len(x), -1), attention.out.weight, x)
+        h = normalize(x, ffn_scale, self._floor)
+        gate, up = linear(h, block.ffn.gate_up.weight).chunk(2, -1)
+        return linear(F.silu(gate) * up, block.ffn.down.weight, x)
 
 
 class _DraftHeads:
     """Heads 1..H as one layer: weights stacked, norms folded in, attention heads side by side."""
 
     def __init__(
-        self, model: MTPTransformer, heads: list[Block], batch: int, capacity: int
+        self, config: MTPConfig, heads: list[Block], batch: int, capacity: int, like: Tensor
     ) -> None:
-        config = model.config
         self._config, self._batch = config, batch
         self._n_kv = len(heads) * config.n_kv_heads
         n_q, n_kv, width = config.n_attention_heads, config.n_kv_heads, config.head_dim
@@ -190,10 +233,11 @@ class _DraftHeads:
                 for name in ("q_norm", "k_norm")
             )
             self._q_norm, self._k_norm = q.repeat_interleave(n_q, 0), k.repeat_interleave(n_kv, 0)
-        self._out = torch.stack([h.attention.out.weight.t() for h in heads])
-        self._gate_up = torch.stack([(h.ffn.gate_up.weight * h.ffn_norm.weight).t() for h in heads])
-        self._down = torch.stack([h.ffn.down.weight.t() for h in heads])
-        self._cache = KVCache(1, batch, capacity, self._n_kv, width, qkv)
+        self._out = torch.stack([h.attention.out.weight for h in heads])
+        self._gate_up = torch.stack([h.ffn.gate_up.weight * h.ffn_norm.weight for h in heads])
+        self._down = torch.stack([h.ffn.down.weight for h in heads])
+        self._cache = KVCache(1, batch, capacity, self._n_kv, width, like)
+        self._floor = norm_floor(config, like)
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
         """Store keys and values of the rows `trunk` (R, dim)."""
@@ -203,8 +247,7 @@ class _DraftHeads:
         kv = kv.view(len(trunk), -1, self._config.head_dim)
         if self._k_norm is not None:
             k, v = kv.chunk(2, 1)
-            k = F.rms_norm(k, k.shape[-1:], None, self._config.norm_eps) * self._k_norm
-            kv = torch.cat([k, v], 1)
+            kv = torch.cat([norm_heads(k, self._k_norm, self._config), v], 1)
         rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
         self._cache.write(0, rows.slots, apply_rope(kv, rope))
 
@@ -215,18 +258,18 @@ class _DraftHeads:
             q = q + self._q_bias
         q = q.view(len(trunk), -1, self._config.head_dim)
         if self._q_norm is not None:
-            q = F.rms_norm(q, q.shape[-1:], None, self._config.norm_eps) * self._q_norm
+            q = norm_heads(q, self._q_norm, self._config)
         k, v = self._cache.read(0, row.mask.shape[-1])
         y = F.scaled_dot_product_attention(
             apply_rope(q, row.rope).unsqueeze(2), k, v, attn_mask=row.mask, enable_gqa=True
         )
         y = y.view(self._batch, len(self._out), -1).transpose(0, 1)
-        x = torch.baddbmm(trunk, y, self._out)
-        gate, up = torch.bmm(self._normalize(x), self._gate_up).chunk(2, -1)
-        return torch.baddbmm(x, F.silu(gate) * up, self._down)
+        x = stacked_linear(y, self._out, trunk)
+        gate, up = stacked_linear(self._normalize(x), self._gate_up).chunk(2, -1)
+        return stacked_linear(F.silu(gate) * up, self._down, x)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], None, self._config.norm_eps)
+        return normalize(x, math.sqrt(x.shape[-1]), self._floor)
 
 
 def _rope_for(rope: Tensor, n_rotated: int, n_plain: int) -> Tensor:
@@ -234,7 +277,8 @@ def _rope_for(rope: Tensor, n_rotated: int, n_plain: int) -> Tensor:
 
     Values then take the same three calls as the queries and keys beside them.
     """
-    plain = rope.new_tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    plain = rope.new_zeros(1, 2, 1, 1)
+    plain[:, 0] = 1
     return torch.cat(
         [
             rope.expand(-1, -1, n_rotated, -1),

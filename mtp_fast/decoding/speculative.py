@@ -9,7 +9,7 @@ distribution (sampled).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from mtp_fast.models import MTPTransformer
 from mtp_fast.ops.acceptance import sample, speculative_accept
 
 PREFILL_CHUNK = 512
-# On CUDA a stop is looked for once in so many steps, since looking waits for the device.
-CUDA_STEPS_PER_CHECK = 16
+# New tokens and ends are looked for once in so many steps: on CUDA looking waits for the device.
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class GenerateStats:
     tokens_per_forward : float
         New tokens per forward, over all sequences.
     acceptance : list of float
-        Share of steps in which the draft at position 0, 1, ... and all before it were accepted.
+        Share of steps in which head 0 agreed with the draft at position 0, 1, ... and with all
+        before it, whether or not an end or a limit cut them off afterwards.
     seconds : float
         Wall-clock time, the prompt's included.
     """
@@ -70,16 +71,17 @@ class GenerateResult:
 def generate(
     model: MTPTransformer,
     prompts: Sequence[Tensor] | Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int] | Tensor,
     *,
     n_heads: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     rule: str = "exact",
-    seed: int = 0,
-    eos_token_id: int | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    on_tokens: Callable[[int, Tensor], object] | None = None,
 ) -> GenerateResult:
     """Continue `prompts` self-speculatively.
 
@@ -89,16 +91,21 @@ def generate(
         The model, in evaluation mode; decoding runs in its parameters' dtype and device.
     prompts : sequence of Tensor, or Tensor
         1-D integer tensors of any lengths >= 1, or one (B, T) tensor.
-    max_new_tokens : int
-        Limit for each sequence.
+    max_new_tokens : int, sequence of int, or Tensor
+        Limit for every sequence, or (B,) one for each.
     n_heads : int, optional
         Heads in use, head 0 included: ``n_heads - 1`` drafts a step. All by default.
     temperature, top_k, top_p, min_p, rule
-        As in `mtp_fast.speculative_accept`.
-    seed : int
-        Sequence b draws from the stream ``seed + b``.
-    eos_token_id : int, optional
-        A sequence ends after this token.
+        As in `mtp_fast.speculative_accept`: numbers, or (B,) tensors of one value a sequence.
+    seed : int, sequence of int, or Tensor
+        Sequence b draws from the stream ``seed + b``, or from ``seed[b]`` of (B,) seeds.
+    eos_token_id : int, sequence of int, or Tensor, optional
+        A sequence ends after this token, or after any of several. A (B, E) tensor gives each
+        sequence its own, -1 standing for none.
+    on_tokens : callable, optional
+        Called as ``on_tokens(b, tokens)`` with the new tokens of sequence b, a 1-D int64 CPU
+        tensor, as they are committed: after every step on a CPU, after every 16th on CUDA, where
+        each look waits for the device.
 
     Returns
     -------
@@ -109,90 +116,139 @@ def generate(
     ------
     TypeError, ValueError
         If an argument is out of range, a prompt is empty, holds an unknown token, or does not fit
-        into ``max_seq_len`` together with `max_new_tokens`.
+        into ``max_seq_len`` together with its limit.
     RuntimeError
         If the model's logits are not finite.
     """
     started = time.perf_counter()
     prompts = list(prompts)
     n_heads = len(model.heads) if n_heads is None else n_heads
-    _check(model, prompts, max_new_tokens, n_heads)
     device = model.unembedding.weight.device
+    limits = _integers("max_new_tokens", max_new_tokens, len(prompts))
+    _check(model, prompts, limits.tolist(), n_heads)
+    seeds = _integers("seed", seed, len(prompts))
+    if isinstance(seed, int):
+        seeds = seeds + torch.arange(len(prompts))
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     decoder = _Decoder(
         model,
         [prompt.to(device, torch.int64) for prompt in prompts],
-        max_new_tokens,
+        limits,
         n_heads,
-        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p},
+        {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in sampling.items()
+        },
         rule,
-        seed,
-        eos_token_id,
+        seeds,
+        None if eos_token_id is None else _end_tokens(eos_token_id, len(prompts)),
     )
     decoder.prefill()
-    steps_per_check = CUDA_STEPS_PER_CHECK if device.type == "cuda" else 1
-    while not decoder.finished():
-        for _ in range(steps_per_check):
+    while decoder.check(on_tokens):
+        for _ in range(decoder.steps_per_check):
             decoder.step()
     return decoder.result(started)
 
 
-def _check(model: MTPTransformer, prompts: list[Tensor], max_new_tokens: int, n_heads: int) -> None:
+def _check(model: MTPTransformer, prompts: list[Tensor], limits: list[int], n_heads: int) -> None:
     if not prompts:
         raise ValueError("prompts is empty")
     if not 1 <= n_heads <= len(model.heads):
         raise ValueError(f"n_heads must be in [1, {len(model.heads)}], got {n_heads}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if min(limits) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
-    for b, prompt in enumerate(prompts):
+    for b, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if prompt.ndim != 1 or len(prompt) == 0:
             raise ValueError(
                 f"prompts[{b}] must be 1-D and not empty, got shape {tuple(prompt.shape)}"
             )
         if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
             raise TypeError(f"prompts[{b}] must hold token ids, got {prompt.dtype}")
-        if len(prompt) + max_new_tokens > max_seq_len:
+        if len(prompt) + limit > max_seq_len:
             raise ValueError(
-                f"prompts[{b}] has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} "
+                f"prompts[{b}] has {len(prompt)} tokens; with max_new_tokens={limit} "
                 f"it exceeds the model's context of {max_seq_len}"
             )
         if int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size:
             raise ValueError(f"prompts[{b}] holds token ids outside [0, {vocab_size})")
 
 
+def _as_integers(name: str, value: int | Sequence[int] | Tensor) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must hold 64-bit integers, got {value!r}") from error
+    if tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor.to(torch.int64)
+
+
+def _integers(name: str, value: int | Sequence[int] | Tensor, batch: int) -> Tensor:
+    """One integer, or one a sequence, as a (B,) CPU tensor."""
+    tensor = _as_integers(name, value).cpu()
+    if tensor.ndim and tensor.shape != (batch,):
+        raise ValueError(
+            f"{name} must be one integer or one for each of {batch} prompts, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    return tensor.expand(batch)
+
+
+def _end_tokens(value: int | Sequence[int] | Tensor, batch: int) -> Tensor:
+    """Tokens that end a sequence as (1 or B, E)."""
+    tensor = _as_integers("eos_token_id", value)
+    if tensor.ndim > 2 or (tensor.ndim == 2 and len(tensor) != batch):
+        raise ValueError(
+            f"eos_token_id must be an integer, several, or (B, E) for {batch} prompts, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    return tensor if tensor.ndim == 2 else tensor.view(1, -1)
+
+
 class _Decoder:
-    """The state of one generation; every field that changes by sequence is a device tensor."""
+    """The state of one generation.
+
+    Every field that changes by sequence is a device tensor and is written in place, so that a step
+    may be captured in a CUDA graph.
+    """
 
     def __init__(
         self,
         model: MTPTransformer,
         prompts: list[Tensor],
-        max_new_tokens: int,
+        limits: Tensor,
         n_heads: int,
         sampling: dict[str, Any],
         rule: str,
-        seed: int,
-        eos_token_id: int | None,
+        seeds: Tensor,
+        end_tokens: Tensor | None,
     ) -> None:
-        device, batch = model.unembedding.weight.device, len(prompts)
-        self.prompts, self.max_new_tokens, self.width = prompts, max_new_tokens, n_heads
-        self.sampling, self.rule, self.eos_token_id = sampling, rule, eos_token_id
-        self.greedy = sampling["temperature"] == 0
+        weight, batch = model.unembedding.weight, len(prompts)
+        device = weight.device
+        self.prompts, self.width = prompts, n_heads
+        self.sampling, self.rule, self.seed = sampling, rule, seeds.to(device)
+        self.end_tokens = None if end_tokens is None else end_tokens.to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         # The last step may write its whole block beyond the limit.
-        capacity = max(len(prompt) for prompt in prompts) + max_new_tokens + n_heads
-        self.length = capacity  # slots that attention reads
+        capacity = int((lengths + limits).max()) + n_heads
+        self.capacity = self.length = capacity  # length: slots that attention reads
+        self.steps_per_check = STEPS_PER_CHECK[device.type]
         self.model = IncrementalModel(model, n_heads, batch, capacity)
-        self.seed = seed + torch.arange(batch, device=device)
-        self.prompt_length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.prompt_length, self.limit = lengths.to(device), limits.to(device)
         self.produced = torch.zeros_like(self.prompt_length)
+        self.reported = [0] * batch
         self.live = torch.ones_like(self.prompt_length, dtype=torch.bool)
         self.stuck = torch.zeros_like(self.live)
         self.forwards = torch.zeros_like(self.prompt_length)
         self.accepted = torch.zeros(n_heads - 1, dtype=torch.int64, device=device)
-        self.output = torch.zeros(batch, max_new_tokens + n_heads, dtype=torch.int64, device=device)
+        self.output = self.prompt_length.new_zeros(batch, int(limits.max()) + n_heads)
         self.drafted = torch.zeros_like(self.output, dtype=torch.bool)
-        self.drafts = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        self.drafts = self.prompt_length.new_zeros(batch, n_heads - 1)
         self.draft_logits: Tensor | None = None
+        if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
+            shape = (batch, n_heads - 1, model.config.vocab_size)
+            self.draft_logits = weight.new_zeros(shape, dtype=self.model.dtype)
         self.columns = torch.arange(n_heads, device=device)
 
     def prefill(self) -> None:
@@ -222,34 +278,36 @@ class _Decoder:
 
     def commit(self, hidden: Tensor, trunk: Tensor) -> None:
         """Judge the drafts by head 0's `hidden` (B, S, dim), emit tokens, draft the next block."""
-        position = self.prompt_length + self.produced
+        judged = hidden.shape[1] - 1
         result = speculative_accept(
             self.model.logits(hidden),
-            self.drafts,
-            draft_logits=self.draft_logits,
+            self.drafts[:, :judged],
+            draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
             rule=self.rule,
             seed=self.seed,
-            position=position,
-            eos_token_id=self.eos_token_id,
+            position=self.prompt_length + self.produced,
             pad_token_id=0,  # a sequence that has ended goes on reading its output: keep it valid
             **self.sampling,
         )
-        columns = self.columns[: hidden.shape[1]]
+        columns = self.columns[: judged + 1]
         from_draft = columns < result.num_accepted[:, None]
         # What lies beyond the emitted tokens is overwritten by the next step or never read.
         where = self.produced[:, None] + columns
         self.output.scatter_(1, where, result.tokens)
         self.drafted.scatter_(1, where, from_draft)
         self.forwards += self.live
-        self.accepted += (from_draft & self.live[:, None]).sum(0)[: self.width - 1]
+        self.accepted[:judged] += (from_draft[:, :judged] & self.live[:, None]).sum(0)
 
-        count = torch.where(self.live, result.num_tokens, 0)
-        self.stuck |= self.live & (count == 0)
-        self.produced = (self.produced + count).clamp_(max=self.max_new_tokens)
-        self.live = self.live & (count > 0) & (self.produced < self.max_new_tokens)
-        if self.eos_token_id is not None:
-            last = self.output.gather(1, (self.produced - 1).clamp(min=0)[:, None])
-            self.live &= last[:, 0] != self.eos_token_id
+        self.stuck |= self.live & (result.num_tokens == 0)
+        count = torch.minimum(result.num_tokens, self.limit - self.produced)
+        if self.end_tokens is not None:
+            ends = (result.tokens[:, :, None] == self.end_tokens[:, None, :]).any(-1)
+            until_end = torch.where(ends, columns + 1, judged + 2).amin(1)
+            count = torch.minimum(count, until_end)
+        self.produced += torch.where(self.live, count, 0)
+        self.live &= (count > 0) & (self.produced < self.limit)
+        if self.end_tokens is not None:
+            self.live &= count < until_end
         if self.width > 1:
             self.draft(_pick(trunk, (count - 1).clamp(min=0)))
 
@@ -258,25 +316,30 @@ class _Decoder:
         position = self.prompt_length + self.produced
         row = self.model.rows(position - 2, 1, self.length)
         logits = self.model.draft_logits(trunk, row)
-        if self.greedy:
-            self.drafts = logits.argmax(-1)
+        if self.draft_logits is None:
+            torch.argmax(logits, -1, out=self.drafts)
             return
-        self.draft_logits = logits
-        self.drafts = torch.stack(
-            [
-                sample(logits[:, i], seed=self.seed, position=position, index=i, **self.sampling)
-                for i in range(self.width - 1)
-            ],
-            1,
-        )
+        self.draft_logits.copy_(logits)
+        for i in range(self.width - 1):
+            self.drafts[:, i] = sample(
+                logits[:, i], seed=self.seed, position=position, index=i, **self.sampling
+            )
 
-    def finished(self) -> bool:
-        """Whether every sequence has ended. Waits for the device."""
-        longest = torch.where(self.live, self.prompt_length + self.produced, 0).max().item()
+    def check(self, on_tokens: Callable[[int, Tensor], object] | None) -> bool:
+        """Report new tokens; whether any sequence goes on. Waits for the device."""
+        if on_tokens is not None:
+            for b, (begin, end) in enumerate(
+                zip(self.reported, self.produced.tolist(), strict=True)
+            ):
+                if end > begin:
+                    self.reported[b] = end
+                    on_tokens(b, self.output[b, begin:end].cpu())
+        longest = int(torch.where(self.live, self.prompt_length + self.produced, 0).max())
         if self.output.device.type == "cpu":
-            # Attention need not read slots that no live sequence has reached.
-            self.length = int(longest) + self.width - 1
-        return longest == 0
+            # Attention need not read slots that no live sequence will have reached.
+            reach = longest + self.width * self.steps_per_check - 1
+            self.length = min(reach, self.capacity)
+        return longest > 0
 
     def result(self, started: float) -> GenerateResult:
         """Cut the output to what each sequence produced."""

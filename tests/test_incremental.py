@@ -1,0 +1,83 @@
+"""The model run incrementally against full recomputation."""
+
+from __future__ import annotations
+
+import torch
+
+from mtp_fast.decoding.incremental import IncrementalModel
+from tiny_models import sharp_model
+
+
+@torch.no_grad()
+def test_incremental_logits_equal_full_recomputation():
+    """In pieces of any size, with a ragged batch: every head, every position."""
+    model = sharp_model()
+    lengths = torch.tensor([3, 7])
+    tokens = torch.randint(0, 40, (2, 30))
+    for pieces in ([1] * 12, [5, 1, 3, 3], [12]):
+        cached = IncrementalModel(model, 4, batch=2, capacity=40)
+        # Each sequence starts at its own place: first its own prefix, alone in its row.
+        prefix = cached.rows(torch.zeros_like(lengths), 7, 7)
+        cached.forward(tokens[:, :7], prefix)
+        start = lengths.clone()
+        for size in pieces:
+            block = torch.stack([tokens[b, s : s + size] for b, s in enumerate(start.tolist())])
+            trunk, hidden = cached.forward(block, cached.rows(start, size, 40))
+            start = start + size
+            drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 40))
+            for b, end in enumerate(start.tolist()):
+                context = tokens[b : b + 1, :end]
+                expected = model.logits(context)[0, end - size : end]
+                torch.testing.assert_close(cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4)
+                for k in (1, 2, 3):
+                    torch.testing.assert_close(
+                        drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=1e-4, atol=1e-4
+                    )
+
+
+@torch.no_grad()
+def test_rewinding_is_writing_again():
+    model = sharp_model()
+    tokens = torch.randint(0, 40, (1, 12))
+    cached = IncrementalModel(model, 4, batch=1, capacity=16)
+    start = torch.zeros(1, dtype=torch.int64)
+    cached.forward(tokens[:, :8], cached.rows(start, 8, 8))
+    wrong = (tokens[:, 8:] + 1) % 40
+    cached.forward(wrong, cached.rows(start + 8, 4, 12))
+    trunk, hidden = cached.forward(tokens[:, 8:10], cached.rows(start + 8, 2, 12))
+    torch.testing.assert_close(
+        cached.logits(hidden), model.logits(tokens[:, :10])[:, 8:], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        cached.draft_logits(trunk[:, -1], cached.rows(start + 9, 1, 12))[0, 2],
+        model.logits(tokens[:, :10], 3)[0, -1],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@torch.no_grad()
+def test_bfloat16_weights_keep_float32_between_the_products():
+    model = sharp_model()
+    tokens = torch.randint(0, 40, (1, 12))
+    start = torch.zeros(1, dtype=torch.int64)
+    exact = model.logits(tokens)
+    model.bfloat16()
+    cached = IncrementalModel(model, 4, batch=1, capacity=16)
+    trunk, hidden = cached.forward(tokens, cached.rows(start, 12, 12))
+    assert trunk.dtype == hidden.dtype == cached.logits(hidden).dtype == torch.float32
+    error = (cached.logits(hidden) - exact).abs().max()
+    assert error < 1.5 * (model.logits(tokens).float() - exact).abs().max()
+
+
+@torch.no_grad()
+def test_a_row_has_the_same_bits_beside_any_others():
+    model = sharp_model().bfloat16()
+    tokens = torch.randint(0, 40, (3, 1))
+    start = torch.zeros(3, dtype=torch.int64)
+    many = IncrementalModel(model, 4, batch=3, capacity=4)
+    _, together = many.forward(tokens, many.rows(start, 1, 1))
+    for b in range(3):
+        single = IncrementalModel(model, 4, batch=1, capacity=4)
+        _, alone = single.forward(tokens[b : b + 1], single.rows(start[:1], 1, 1))
+        assert torch.equal(alone[0], together[b])
