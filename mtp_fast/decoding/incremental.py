@@ -26,9 +26,13 @@ from mtp_fast.ops.few_row_linear import MAX_ROWS, few_row_linear
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """``x @ weight.T`` (+ `residual`) of `x` (rows, in) and `weight` (out, in), in x's dtype."""
     if x.device.type == "cpu" and x.shape[0] <= MAX_ROWS:
-        return few_row_linear(x.to(weight.dtype), weight, residual)
-    y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-    return y if residual is None else residual + y
+        if weight.dtype != torch.float32:
+            return few_row_linear(x.to(weight.dtype), weight, residual)
+        # With the weight on the left, which MKL then reads in place.
+        y = torch.mm(weight, x.t()).t()
+    else:
+        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return y.contiguous() if residual is None else residual + y
 
 
 def norm_scale(norm: nn.RMSNorm) -> Tensor:
@@ -38,7 +42,7 @@ def norm_scale(norm: nn.RMSNorm) -> Tensor:
 
 def stacked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """`linear` of each of H pairs: `x` (H, rows, in) and `weight` (H, out, in)."""
-    if x.device.type == "cpu" and x.shape[1] <= MAX_ROWS:
+    if x.device.type == "cpu" and x.shape[1] <= MAX_ROWS and weight.dtype != torch.float32:
         residuals = [None] * len(x) if residual is None else residual.expand(len(x), -1, -1)
         return torch.stack([linear(*each) for each in zip(x, weight, residuals, strict=True)])
     y = torch.bmm(x.to(weight.dtype), weight.transpose(1, 2)).to(x.dtype)
