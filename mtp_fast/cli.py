@@ -35,7 +35,6 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tokenizers": "tokenizers",
 }
-SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -146,9 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_train)
 
     run = commands.add_parser("generate", help="continue prompts with a checkpoint")
-    run.add_argument(
-        "checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the shipped one)"
-    )
+    run.add_argument("checkpoint", type=Path, help="checkpoint directory")
     source = run.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     source.add_argument("--prompt-file", type=Path, help="or a file that holds it")
@@ -318,12 +315,10 @@ def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
 def _generate(args: argparse.Namespace) -> int:
     from mtp_fast.terminal import TextStream, print_continuation
 
-    checkpoint, device = args.checkpoint or SHIPPED_CHECKPOINT, _device(args.device)
-    if args.checkpoint is None and not SHIPPED_CHECKPOINT.is_dir():
-        raise ValueError(f"no checkpoint given, and none was shipped in {SHIPPED_CHECKPOINT}")
+    device = _device(args.device)
     dtype = getattr(torch, default_precision(device))
-    model = MTPTransformer.from_pretrained(checkpoint, dtype=dtype, device=device).eval()
-    codec = load_codec(checkpoint, model.config.vocab_size)
+    model = MTPTransformer.from_pretrained(args.checkpoint, dtype=dtype, device=device).eval()
+    codec = load_codec(args.checkpoint, model.config.vocab_size)
     texts = [args.prompt_file.read_bytes()] if args.prompt is None else map(str.encode, args.prompt)
     prompts = [torch.tensor(codec.encode(text), dtype=torch.int64) for text in texts]
     if args.stream and len(prompts) > 1:

@@ -228,16 +228,6 @@ def test_several_prompts_and_streaming(checkpoint, capsys):
     assert printable(streamed) == printable(alone)
 
 
-def test_the_shipped_checkpoint_is_the_default(checkpoint, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", checkpoint)
-    assert cli.main(["generate", "--prompt", "def ", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().out.startswith("def ")
-    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "gone")
-    assert cli.main(["generate", "--prompt", "def "]) == 2
-    captured = capsys.readouterr()
-    assert_one_clear_line(2, captured.out, captured.err, "no checkpoint given", "gone")
-
-
 def test_ctrl_c_saves_what_resume_continues(text, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
