@@ -17,6 +17,7 @@
 #include "common/simd_functions.h"
 #include "common/simd_level.h"
 #include "cross_entropy/params.h"
+#include "decode_layers/params.h"
 #include "few_row_linear/params.h"
 
 #if MTP_WITH_CUDA
@@ -100,12 +101,57 @@ auto cuda_entry(Status (*kernel)(const Params&, void*), Params (*make)(Args...))
 }
 #endif
 
-void few_row_linear(int threads, int dtype, uintptr_t x, uintptr_t weight, int64_t weight_ld,
-                    uintptr_t residual, uintptr_t y, int64_t rows, int64_t in, int64_t out) {
-  few_row_linear_cpu(
-      {pointer<const void>(x), pointer<const void>(weight), pointer<const float>(residual),
-       pointer<float>(y), rows, in, out, weight_ld, static_cast<DType>(dtype)},
-      threads);
+FewRowLinearParams few_row_linear_params(int dtype, uintptr_t x, uintptr_t weight,
+                                         int64_t weight_ld, uintptr_t y, int64_t rows, int64_t in,
+                                         int64_t out) {
+  return {pointer<const void>(x),
+          pointer<const void>(weight),
+          pointer<float>(y),
+          rows,
+          in,
+          out,
+          weight_ld,
+          static_cast<DType>(dtype)};
+}
+
+DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_t dim,
+                           int64_t ffn_dim, int64_t n_queries, int64_t n_keys, int64_t head_dim,
+                           float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t capacity,
+                           int64_t slot_stride, int64_t batch, int64_t rows, uintptr_t start,
+                           uintptr_t x, uintptr_t last_input) {
+  if (batch * rows > kMaxDecodeRows) {
+    throw std::invalid_argument("batch * rows: expected at most " + std::to_string(kMaxDecodeRows) +
+                                ", got " + std::to_string(batch * rows));
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t first = pointer<const int64_t>(start)[b];
+    if (first < 0 || first + rows > capacity) {
+      throw std::out_of_range("rows at positions " + std::to_string(first) + " to " +
+                              std::to_string(first + rows - 1) + " of sequence " +
+                              std::to_string(b) + " lie outside a cache of " +
+                              std::to_string(capacity));
+    }
+  }
+  DecodeParams p{};
+  p.blocks = pointer<const DecodeBlock>(blocks);
+  p.rope = pointer<const float>(rope);
+  p.final_scale = pointer<const float>(final_scale);
+  p.start = pointer<const int64_t>(start);
+  p.x = pointer<float>(x);
+  p.last_input = pointer<float>(last_input);
+  p.n_blocks = n_blocks;
+  p.batch = batch;
+  p.rows = rows;
+  p.dim = dim;
+  p.ffn_dim = ffn_dim;
+  p.n_queries = n_queries;
+  p.n_keys = n_keys;
+  p.head_dim = head_dim;
+  p.capacity = capacity;
+  p.slot_stride = slot_stride;
+  p.norm_eps = norm_eps;
+  p.dtype = static_cast<DType>(dtype);
+  return p;
 }
 
 void scaled_add(int threads, int x_dtype, uintptr_t x, int y_dtype, uintptr_t y, int64_t n,
@@ -224,7 +270,11 @@ PYBIND11_MODULE(_C, m) {
   using without_gil = py::call_guard<py::gil_scoped_release>;
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
-  m.def("few_row_linear", &mtp::few_row_linear, without_gil());
+  m.def("few_row_linear", cpu_entry(few_row_linear_cpu, few_row_linear_params), without_gil());
+  m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
+  m.def("decode_keys_values", cpu_entry(decode_keys_values_cpu, decode_params), without_gil());
+  m.def("decode_heads", cpu_entry(decode_heads_cpu, decode_params), without_gil());
+  m.attr("MAX_DECODE_ROWS") = kMaxDecodeRows;
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
         without_gil());

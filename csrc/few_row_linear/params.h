@@ -1,7 +1,7 @@
-// y = x @ weight.T (+ residual) for so few rows that reading the weight is all the work: the
-// products of a decode step. The weight is read once per eight rows, in place, as the model stores
-// it. A row's sums are made in one order whatever the number of rows and threads, so that a
-// sequence's output does not depend on what is decoded beside it.
+// y = x @ weight.T for so few rows that reading the weight is all the work: the unembedding of a
+// decode step. The weight is read once per eight rows, in place, as the model stores it. A row's
+// result is the same whatever the number of rows and threads, so that a sequence's output does not
+// depend on what is decoded beside it.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,9 @@
 namespace mtp {
 
 struct FewRowLinearParams {
-  const void* x;          // (rows, in), contiguous
-  const void* weight;     // (out, in), row stride weight_ld, dtype as x
-  const float* residual;  // (rows, out), contiguous, or null
-  float* y;               // (rows, out), contiguous
+  const void* x;       // (rows, in), contiguous
+  const void* weight;  // (out, in), row stride weight_ld, dtype as x
+  float* y;            // (rows, out), contiguous
   int64_t rows, in, out, weight_ld;
   DType dtype;
 };

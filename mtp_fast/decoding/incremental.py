@@ -6,33 +6,28 @@ independent they run as one layer: their weights are stacked and their attention
 side in one call. A small batch pays by the call and by the byte of weights read, so calls are few.
 
 On a CPU everything between the products is float32, whatever the weights are stored in: torch's
-attention and norms are slower in 16 bits there, and the products sum in float32 anyway.
+attention and norms are slower in 16 bits there, and the products sum in float32 anyway. And there
+a decode step, a few rows, goes through `FewRowBlocks`: the layers below are then for prompts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_fast.decoding.few_rows import MAX_ROWS, FewRowBlocks, runs_few_rows
 from mtp_fast.models import Block, KVCache, MTPConfig, MTPTransformer, Trunk
 from mtp_fast.models.transformer import apply_rope, rope_table
-from mtp_fast.ops.few_row_linear import MAX_ROWS, few_row_linear
+from mtp_fast.ops.few_row_linear import few_row_linear
 
 
-def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``x @ weight.T`` (+ `residual`) of `x` (rows, in) and `weight` (out, in), in x's dtype."""
-    if x.device.type == "cpu" and x.shape[0] <= MAX_ROWS:
-        if weight.dtype != torch.float32:
-            return few_row_linear(x.to(weight.dtype), weight, residual)
-        # With the weight on the left, which MKL then reads in place.
-        y = torch.mm(weight, x.t()).t()
-    else:
-        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-    return y.contiguous() if residual is None else residual + y
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` of `x` (rows, in) and `weight` (out, in), in x's dtype."""
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def norm_scale(norm: nn.RMSNorm) -> Tensor:
@@ -40,13 +35,9 @@ def norm_scale(norm: nn.RMSNorm) -> Tensor:
     return norm.weight.float() * math.sqrt(norm.weight.numel())
 
 
-def stacked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def stacked_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`linear` of each of H pairs: `x` (H, rows, in) and `weight` (H, out, in)."""
-    if x.device.type == "cpu" and x.shape[1] <= MAX_ROWS and weight.dtype != torch.float32:
-        residuals = [None] * len(x) if residual is None else residual.expand(len(x), -1, -1)
-        return torch.stack([linear(*each) for each in zip(x, weight, residuals, strict=True)])
-    y = torch.bmm(x.to(weight.dtype), weight.transpose(1, 2)).to(x.dtype)
-    return y if residual is None else residual + y
+    return torch.bmm(x.to(weight.dtype), weight.transpose(1, 2)).to(x.dtype)
 
 
 def norm_floor(config: MTPConfig, like: Tensor) -> Tensor:
@@ -66,23 +57,47 @@ def norm_heads(x: Tensor, weight: Tensor, config: MTPConfig) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, config.norm_eps) * weight
 
 
-@dataclass(frozen=True)
 class Rows:
-    """Where the new rows of a forward stand; R = batch * rows a sequence.
+    """Where the new rows of a forward stand, and what the layers need to know of it.
 
-    Attributes
+    Parameters
     ----------
-    slots : Tensor
-        (R,) the cache slots that they are written to.
+    start : Tensor
+        (B,) int64: the position of each sequence's first new row.
+    count : int
+        S, rows a sequence.
+    length : int
+        Slots that attention reads; at least ``start.max() + count``.
     rope : Tensor
-        (R, 2, 1, head_dim) their rotations.
-    mask : Tensor
-        (B, 1, S, length): 0 where a row may look, -inf elsewhere. Attention reads `length` slots.
+        (capacity, 2, 1, head_dim) rotations; `capacity` slots a sequence.
     """
 
-    slots: Tensor
-    rope: Tensor
-    mask: Tensor
+    def __init__(self, start: Tensor, count: int, length: int, rope: Tensor) -> None:
+        self.start, self.count, self.length = start, count, length
+        self._rope = rope
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return self.start[:, None] + torch.arange(self.count, device=self.start.device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """(B * S,): the cache slots that the rows are written to."""
+        batch, capacity = len(self.start), len(self._rope)
+        offsets = torch.arange(batch, device=self.start.device)[:, None] * capacity
+        return (self._positions + offsets).flatten()
+
+    @cached_property
+    def rope(self) -> Tensor:
+        """(B * S, 2, 1, head_dim): their rotations."""
+        return self._rope[self._positions.flatten()]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, S, length): 0 where a row may look, -inf elsewhere."""
+        slots = torch.arange(self.length, device=self.start.device)
+        unseen = slots > self._positions[:, None, :, None]
+        return self._rope.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
 
 class IncrementalModel:
@@ -131,6 +146,18 @@ class IncrementalModel:
         self._drafting = (
             _DraftHeads(config, heads[1:n_heads], batch, capacity, like) if n_heads > 1 else None
         )
+        self._few_rows = self._few_drafting = None
+        if runs_few_rows(heads[:n_heads] + self._layers):
+            final = model.norm.weight
+            places = [(layer, 0) for layer in range(len(self._layers))]
+            self._few_rows = FewRowBlocks(
+                config, self._layers, self._cache, places, self._rope, final
+            )
+            if self._drafting is not None:
+                places = [(0, head * config.n_kv_heads) for head in range(n_heads - 1)]
+                self._few_drafting = FewRowBlocks(
+                    config, heads[1:n_heads], self._drafting.cache, places, self._rope, final
+                )
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
         """Lay out `count` new rows a sequence, the first at position ``start[b]``.
@@ -144,12 +171,7 @@ class IncrementalModel:
         length : int
             Slots that attention reads; at least ``start.max() + count``.
         """
-        device = start.device
-        positions = start[:, None] + torch.arange(count, device=device)
-        unseen = torch.arange(length, device=device) > positions[:, None, :, None]
-        offsets = torch.arange(self._batch, device=device)[:, None] * self._capacity
-        mask = self._rope.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-        return Rows((positions + offsets).flatten(), self._rope[positions.flatten()], mask)
+        return Rows(start, count, length, self._rope)
 
     def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Run trunk and head 0 on `tokens` (B, S); store the drafting heads' keys and values.
@@ -159,9 +181,15 @@ class IncrementalModel:
         trunk, hidden : Tensor
             (B, S, dim) each: the heads' input, and head 0's output ready for the unembedding.
         """
+        x = self._model.embedding(tokens).to(self.dtype)
+        if self._few_rows is not None and tokens.numel() <= MAX_ROWS:
+            trunk, hidden = self._few_rows.layers(x, rows.start)
+            if self._few_drafting is not None:
+                self._few_drafting.store_keys_values(trunk, rows.start)
+            return trunk, hidden
         n_kv, n_q = self._config.n_kv_heads, self._config.n_attention_heads
         rope = _rope_for(rows.rope, n_q + n_kv, n_kv)
-        x = trunk = self._model.embedding(tokens.flatten()).to(self.dtype)
+        x = trunk = x.flatten(0, 1)
         for layer, block in enumerate(self._layers):
             trunk = x
             x = self._block(layer, block, x, rows, rope)
@@ -171,8 +199,12 @@ class IncrementalModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed `hidden` (..., dim): (..., vocab_size)."""
-        flat = linear(hidden.flatten(0, -2), self._model.unembedding.weight)
-        return flat.view(*hidden.shape[:-1], -1)
+        flat, weight = hidden.flatten(0, -2), self._model.unembedding.weight
+        if self._few_rows is not None and len(flat) <= MAX_ROWS:
+            logits = few_row_linear(flat.to(weight.dtype), weight)
+        else:
+            logits = linear(flat, weight)
+        return logits.view(*hidden.shape[:-1], -1)
 
     def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
         """Logits (B, n_heads - 1, vocab_size) of the drafting heads at one row a sequence.
@@ -186,7 +218,11 @@ class IncrementalModel:
         """
         if self._drafting is None:
             raise ValueError("no drafting heads: n_heads is 1")
-        return self.logits(self._normalize(self._drafting.read(trunk, row))).transpose(0, 1)
+        if self._few_drafting is not None and len(trunk) <= MAX_ROWS:
+            hidden = self._few_drafting.heads(trunk, row.start)
+        else:
+            hidden = self._normalize(self._drafting.read(trunk, row))
+        return self.logits(hidden).transpose(0, 1)
 
     def _normalize(self, x: Tensor) -> Tensor:
         return normalize(x, self._final_scale, self._floor)
@@ -207,10 +243,10 @@ class IncrementalModel:
         k, v = self._cache.read(layer, rows.mask.shape[-1])
         q = qkv[:, :n_q].reshape(self._batch, -1, n_q, self._config.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, enable_gqa=True)
-        x = linear(y.transpose(1, 2).reshape(len(x), -1), attention.out.weight, x)
+        x = x + linear(y.transpose(1, 2).reshape(len(x), -1), attention.out.weight)
         h = normalize(x, ffn_scale, self._floor)
         gate, up = linear(h, block.ffn.gate_up.weight).chunk(2, -1)
-        return linear(F.silu(gate) * up, block.ffn.down.weight, x)
+        return x + linear(F.silu(gate) * up, block.ffn.down.weight)
 
 
 class _DraftHeads:
@@ -240,7 +276,7 @@ class _DraftHeads:
         self._out = torch.stack([h.attention.out.weight for h in heads])
         self._gate_up = torch.stack([h.ffn.gate_up.weight * h.ffn_norm.weight for h in heads])
         self._down = torch.stack([h.ffn.down.weight for h in heads])
-        self._cache = KVCache(1, batch, capacity, self._n_kv, width, like)
+        self.cache = KVCache(1, batch, capacity, self._n_kv, width, like)
         self._floor = norm_floor(config, like)
 
     def write(self, trunk: Tensor, rows: Rows) -> None:
@@ -253,7 +289,7 @@ class _DraftHeads:
             k, v = kv.chunk(2, 1)
             kv = torch.cat([norm_heads(k, self._k_norm, self._config), v], 1)
         rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
-        self._cache.write(0, rows.slots, apply_rope(kv, rope))
+        self.cache.write(0, rows.slots, apply_rope(kv, rope))
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""
@@ -263,14 +299,14 @@ class _DraftHeads:
         q = q.view(len(trunk), -1, self._config.head_dim)
         if self._q_norm is not None:
             q = norm_heads(q, self._q_norm, self._config)
-        k, v = self._cache.read(0, row.mask.shape[-1])
+        k, v = self.cache.read(0, row.mask.shape[-1])
         y = F.scaled_dot_product_attention(
             apply_rope(q, row.rope).unsqueeze(2), k, v, attn_mask=row.mask, enable_gqa=True
         )
         y = y.view(self._batch, len(self._out), -1).transpose(0, 1)
-        x = stacked_linear(y, self._out, trunk)
+        x = trunk + stacked_linear(y, self._out)
         gate, up = stacked_linear(self._normalize(x), self._gate_up).chunk(2, -1)
-        return stacked_linear(F.silu(gate) * up, self._down, x)
+        return x + stacked_linear(F.silu(gate) * up, self._down)
 
     def _normalize(self, x: Tensor) -> Tensor:
         return normalize(x, math.sqrt(x.shape[-1]), self._floor)

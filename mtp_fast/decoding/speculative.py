@@ -314,7 +314,8 @@ class _Decoder:
     def draft(self, trunk: Tensor) -> None:
         """Draft the next block from the trunk's output `trunk` (B, dim) at the last row kept."""
         position = self.prompt_length + self.produced
-        row = self.model.rows(position - 2, 1, self.length)
+        # Not below 0, where a sequence that got no token has none before.
+        row = self.model.rows((position - 2).clamp(min=0), 1, self.length)
         logits = self.model.draft_logits(trunk, row)
         if self.draft_logits is None:
             torch.argmax(logits, -1, out=self.drafts)

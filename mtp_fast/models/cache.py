@@ -17,6 +17,11 @@ class KVCache:
         Extents; `capacity` is in positions.
     like : Tensor
         Gives dtype and device.
+
+    Attributes
+    ----------
+    slot_stride : int
+        Elements from a slot to the next one.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class KVCache:
         # Zeros, not empty: a NaN at a masked position would survive attention as 0 * NaN.
         self._storage = like.new_zeros(n_layers, batch, capacity, 2, n_kv_heads, head_dim)
         self._rows = [layer.flatten(2, 3).flatten(0, 1) for layer in self._storage]
+        self.slot_stride = 2 * n_kv_heads * head_dim
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Store `kv` (R, 2 * n_kv_heads, head_dim), keys first, at `slots` (R,).
@@ -43,3 +49,8 @@ class KVCache:
         """Return keys and values (B, n_kv_heads, length, head_dim) of the first positions."""
         k, v = self._storage[layer, :, :length].unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    def first_slot(self, layer: int, first_head: int = 0) -> tuple[Tensor, Tensor]:
+        """Return keys and values (heads, head_dim) in slot 0, of the heads from `first_head` on."""
+        k, v = self._storage[layer, 0, 0, :, first_head:]
+        return k, v

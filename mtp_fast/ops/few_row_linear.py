@@ -1,4 +1,4 @@
-"""Products of a few rows with a large weight on a CPU, as a decode step has them.
+"""Products of a few rows with a large weight on a CPU: the unembedding of a decode step.
 
 Internal to decoding: no gradient, no registration with `torch.library`.
 """
@@ -8,12 +8,9 @@ from torch import Tensor
 
 from mtp_fast.ops import _common
 
-# Beyond this torch's blocked products read the weight no more often and compute faster.
-MAX_ROWS = 16
 
-
-def few_row_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``x @ weight.T``, or ``residual + x @ weight.T``, summed in float32.
+def few_row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``, summed in float32.
 
     A row's result is the same bits whatever the number of rows.
 
@@ -23,8 +20,6 @@ def few_row_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) ->
         (rows, in), on the CPU, in the weight's dtype.
     weight : Tensor
         (out, in), float32, bfloat16 or float16, the last dimension contiguous.
-    residual : Tensor, optional
-        (rows, out) float32.
 
     Returns
     -------
@@ -46,12 +41,6 @@ def few_row_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) ->
         raise ValueError(f"weight: expected contiguous rows, got strides {weight.stride()}")
     x = x.contiguous()
     y = torch.empty(rows, out)
-    address = 0
-    if residual is not None:
-        _common.check_float_dtype("residual", residual, (torch.float32,))
-        _common.check_shape("residual", residual, (rows, out), "(rows, out)")
-        residual = residual.contiguous()
-        address = residual.data_ptr()
     _common.call_kernel(
         "few_row_linear",
         x,
@@ -59,7 +48,6 @@ def few_row_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) ->
         x.data_ptr(),
         weight.data_ptr(),
         weight.stride(0),
-        address,
         y.data_ptr(),
         rows,
         weight.shape[1],

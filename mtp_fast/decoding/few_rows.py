@@ -1,0 +1,168 @@
+"""Transformer blocks over a few new rows on a CPU, through one call of the kernel.
+
+A decode step is a few rows through many layers. Done op by op it would spend most of its time
+between the ops; csrc/decode_layers runs whole layers, and reads the weights where the model has
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_fast._C import MAX_DECODE_ROWS
+from mtp_fast.models import Block, KVCache, MTPConfig
+from mtp_fast.ops._common import DTYPE_CODES, call_kernel
+
+# Beyond it torch's blocked products read the weights no more often.
+MAX_ROWS = MAX_DECODE_ROWS
+
+
+def runs_few_rows(blocks: Sequence[Block]) -> bool:
+    """Whether `FewRowBlocks` can run `blocks`: on a CPU, all weights in one dtype that it knows."""
+    weights = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    kinds = {(p.device.type, p.dtype) for p in weights}
+    return len(kinds) == 1 and all(
+        device == "cpu" and dtype in DTYPE_CODES for device, dtype in kinds
+    )
+
+
+class FewRowBlocks:
+    """Blocks with their caches, for calls of at most `MAX_ROWS` rows in all.
+
+    Parameters
+    ----------
+    config : MTPConfig
+        The blocks' shape.
+    blocks : sequence of Block
+        N blocks for which `runs_few_rows`; their weights are read in place.
+    cache : KVCache
+        Their keys and values, float32.
+    places : sequence of (int, int)
+        Each block's layer of the cache, and its first key/value head there.
+    rope : Tensor
+        (capacity, 2, 1, head_dim) float32: `rope_table`.
+    final_scale : Tensor
+        (dim,): weight of the norm behind the blocks.
+    """
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        blocks: Sequence[Block],
+        cache: KVCache,
+        places: Sequence[tuple[int, int]],
+        rope: Tensor,
+        final_scale: Tensor,
+    ) -> None:
+        self._n_blocks, self._rope = len(blocks), rope
+        self._final_scale = final_scale.float().contiguous()
+        # What the table points to must live as long as it does.
+        self._pointed_to = [
+            [*_weights(block), *cache.first_slot(*place)]
+            for block, place in zip(blocks, places, strict=True)
+        ]
+        self._table = torch.tensor(
+            [[0 if t is None else t.data_ptr() for t in row] for row in self._pointed_to]
+        )
+        self._shape = (
+            DTYPE_CODES[blocks[0].ffn.down.weight.dtype],
+            self._table.data_ptr(),
+            len(blocks),
+            config.dim,
+            config.ffn_dim,
+            config.n_attention_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.norm_eps,
+            self._final_scale.data_ptr(),
+            rope.data_ptr(),
+            len(rope),
+            cache.slot_stride,
+        )
+
+    def layers(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the blocks one after the other on new rows, and store their keys and values.
+
+        Parameters
+        ----------
+        x : Tensor
+            (B, S, dim) float32.
+        start : Tensor
+            (B,) int64: the position of each sequence's first new row.
+
+        Returns
+        -------
+        last_input, y : Tensor
+            (B, S, dim) float32 each: what the last block was given, and its output after the norm.
+
+        Raises
+        ------
+        IndexError
+            If a row's position lies outside the cache.
+        """
+        y, last_input = x.clone(memory_format=torch.contiguous_format), torch.empty_like(x)
+        self._call("decode_layers", start, x.shape[1], y, last_input)
+        return last_input, y
+
+    def store_keys_values(self, x: Tensor, start: Tensor) -> None:
+        """Store each block's keys and values of the new rows `x` (B, S, dim)."""
+        self._call("decode_keys_values", start, x.shape[1], x.contiguous(), x)
+
+    def heads(self, x: Tensor, start: Tensor) -> Tensor:
+        """Run each block by itself on one row a sequence, whose keys and values are stored.
+
+        Parameters
+        ----------
+        x : Tensor
+            (B, dim) float32.
+        start : Tensor
+            (B,) int64: the rows' positions.
+
+        Returns
+        -------
+        Tensor
+            (N, B, dim) float32, after the norm.
+        """
+        y = x.repeat(self._n_blocks, 1, 1)
+        self._call("decode_heads", start, 1, y, y)
+        return y
+
+    def _call(self, name: str, start: Tensor, rows: int, x: Tensor, last_input: Tensor) -> None:
+        start = start.contiguous()
+        call_kernel(
+            name,
+            x,
+            *self._shape,
+            len(start),
+            rows,
+            start.data_ptr(),
+            x.data_ptr(),
+            last_input.data_ptr(),
+        )
+
+
+def _weights(block: Block) -> list[Tensor | None]:
+    """Tensors of `struct DecodeBlock` up to its caches."""
+    attention, ffn = block.attention, block.ffn
+    query_norm, key_norm = attention.q_norm, attention.k_norm
+    floats = [
+        None if t is None else t.detach().float().contiguous()
+        for t in (
+            block.attention_norm.weight,
+            attention.qkv.bias,
+            None if query_norm is None else query_norm.weight,
+            None if key_norm is None else key_norm.weight,
+            block.ffn_norm.weight,
+        )
+    ]
+    qkv, out, gate_up, down = (
+        layer.weight.detach().contiguous()
+        for layer in (attention.qkv, attention.out, ffn.gate_up, ffn.down)
+    )
+    attention_scale, qkv_bias, query_scale, key_scale, ffn_scale = floats
+    return [
+        attention_scale, qkv, qkv_bias, query_scale, key_scale, out, ffn_scale, gate_up, down
+    ]  # fmt: skip

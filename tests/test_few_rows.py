@@ -1,0 +1,157 @@
+"""A decode step's layers in one call, against the model's own forward, with every instruction set.
+
+The kernel is driven through `IncrementalModel`, which hands it every call of few rows on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mtp_fast.decoding import few_rows
+from mtp_fast.decoding.few_rows import MAX_ROWS, FewRowBlocks, runs_few_rows
+from mtp_fast.decoding.incremental import IncrementalModel
+from mtp_fast.models.cache import KVCache
+from mtp_fast.models.transformer import rope_table
+from tiny_models import sharp_model
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Extents that are no multiple of any vector, and every option that changes a block.
+SHAPES = {
+    "plain": {},
+    "one key head": {"n_kv_heads": 1},
+    "no groups": {"n_kv_heads": 4},
+    "odd widths": {"dim": 51, "attention_head_dim": 6, "ffn_dim": 37, "n_attention_heads": 3,
+                   "n_kv_heads": 1},
+    "wide heads": {"attention_head_dim": 70, "n_attention_heads": 2, "n_kv_heads": 1},
+    "bias": {"qkv_bias": True},
+    "head norms": {"qk_norm": True},
+    "both": {"qkv_bias": True, "qk_norm": True, "dim": 40, "ffn_dim": 100},
+}  # fmt: skip
+
+
+def model_with_biases(**changes):
+    model = sharp_model(**changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    return model
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are called from now on."""
+    calls: list[str] = []
+    call = few_rows.call_kernel
+
+    def recorded(name, *args):
+        calls.append(name)
+        return call(name, *args)
+
+    monkeypatch.setattr(few_rows, "call_kernel", recorded)
+    return calls
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@torch.no_grad()
+def test_against_the_models_forward_in_float64(simd_level, monkeypatch, dtype, shape, rows):
+    """Ragged sequences, every position, every head; the error is that of the inputs' rounding."""
+    model = model_with_biases(**SHAPES[shape]).to(dtype)
+    exact = copy.deepcopy(model).double()
+    calls = calls_of(monkeypatch)
+    tokens = torch.randint(0, 40, (3, 30))
+    cached = IncrementalModel(model, 4, batch=3, capacity=32)
+    cached.forward(tokens[:, :20], cached.rows(torch.zeros(3, dtype=torch.int64), 20, 20))
+    assert calls == []  # too many rows
+    start = torch.tensor([0, 7, 19])
+    granted = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    for _ in range(2):
+        block = torch.stack([tokens[b, s : s + rows] for b, s in enumerate(start.tolist())])
+        trunk, hidden = cached.forward(block, cached.rows(start, rows, 32))
+        start = start + rows
+        drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 32))
+        for b, end in enumerate(start.tolist()):
+            context = tokens[b : b + 1, :end]
+            want = [exact.logits(context)[0, end - rows : end]]
+            want += [exact.logits(context, k)[0, -1] for k in (1, 2, 3)]
+            got = [cached.logits(hidden)[b], *drafts[b]]
+            for mine, theirs in zip(got, want, strict=True):
+                assert (mine - theirs).abs().max() <= granted * theirs.abs().max()
+    assert calls == ["decode_layers", "decode_keys_values", "decode_heads"] * 2
+
+
+@DTYPES
+@torch.no_grad()
+def test_a_row_has_the_same_bits_beside_any_others(simd_level, dtype):
+    """Beside other sequences, beside other rows of its own, at any number of threads."""
+    model = sharp_model().to(dtype)
+    tokens = torch.randint(0, 40, (4, 4))
+    start = torch.zeros(4, dtype=torch.int64)
+    many = IncrementalModel(model, 4, batch=4, capacity=8)
+    trunk, together = many.forward(tokens, many.rows(start, 4, 8))
+    drafts = many.draft_logits(trunk[:, -1], many.rows(start + 3, 1, 8))
+    threads = torch.get_num_threads()
+    for b in range(4):
+        torch.set_num_threads(1 + b % 3)
+        single = IncrementalModel(model, 4, batch=1, capacity=8)
+        for t in range(4):
+            rows = single.rows(start[:1] + t, 1, 8)
+            trunk, alone = single.forward(tokens[b : b + 1, t : t + 1], rows)
+            assert torch.equal(alone[0, 0], together[b, t])
+        assert torch.equal(single.draft_logits(trunk[:, -1], rows)[0], drafts[b])
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_long_contexts_attend_to_everything(simd_level):
+    """More cached positions than a tile has, each of which counts."""
+    model = sharp_model(max_seq_len=700)
+    tokens = torch.randint(0, 40, (1, 700))
+    cached = IncrementalModel(model, 1, batch=1, capacity=700)
+    zero = torch.zeros(1, dtype=torch.int64)
+    cached.forward(tokens[:, :690], cached.rows(zero, 690, 690))
+    _, hidden = cached.forward(tokens[:, 690:], cached.rows(zero + 690, 10, 700))
+    torch.testing.assert_close(
+        cached.logits(hidden), model.logits(tokens)[:, 690:], rtol=1e-4, atol=1e-4
+    )
+
+
+def some_blocks(capacity: int) -> tuple[FewRowBlocks, int]:
+    model = sharp_model()
+    config, blocks = model.config, list(model.trunk.blocks)
+    cache = KVCache(1, 2, capacity, config.n_kv_heads, config.head_dim, torch.empty(0))
+    rope = rope_table(config.head_dim, capacity, config.rope_theta, config.rope_scaling)
+    final = model.norm.weight
+    return FewRowBlocks(config, blocks, cache, [(0, 0)] * len(blocks), rope, final), config.dim
+
+
+@pytest.mark.parametrize("start", [[0, 7], [-1, 0]])
+@torch.no_grad()
+def test_rows_outside_the_cache_are_refused(start):
+    blocks, dim = some_blocks(capacity=8)
+    x, positions = torch.zeros(2, 2, dim), torch.tensor(start)
+    message = r"rows at positions (7 to 8|-1 to 0) of sequence [01] lie outside a cache of 8"
+    with pytest.raises(IndexError, match=message):
+        blocks.layers(x, positions)
+    with pytest.raises(IndexError, match=message):
+        blocks.store_keys_values(x, positions)
+
+
+@torch.no_grad()
+def test_too_many_rows_are_refused():
+    blocks, dim = some_blocks(capacity=32)
+    with pytest.raises(ValueError, match=rf"batch \* rows: expected at most {MAX_ROWS}, got 18"):
+        blocks.layers(torch.zeros(2, 9, dim), torch.zeros(2, dtype=torch.int64))
+
+
+def test_which_blocks_the_kernel_runs():
+    model = sharp_model()
+    assert runs_few_rows(model.trunk.blocks)
+    assert not runs_few_rows(model.double().trunk.blocks)
+    model.float().trunk.blocks[0].ffn.down.bfloat16()
+    assert not runs_few_rows(model.trunk.blocks)
+    assert not runs_few_rows(sharp_model().to("meta").trunk.blocks)
