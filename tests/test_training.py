@@ -1,4 +1,4 @@
-"""Loss, data and loop: gradients, determinism, resume, signals."""
+"""Loss and loop: gradients, determinism, resume, signals."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
-from mtp_fast.training import (
-    Corpus,
-    TrainConfig,
-    Trainer,
-    Windows,
-    default_precision,
-    load_corpus,
-    multi_token_loss,
-    read_metrics,
-)
+from mtp_fast.training import TrainConfig, Trainer, multi_token_loss, read_metrics
 
 CONFIG = MTPConfig(
     vocab_size=256,
@@ -152,90 +143,6 @@ def test_headwise_leaves_frozen_parameters_alone():
     assert {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None} == {"1"}
     with pytest.raises(ValueError, match=r"head_weights must be \(3,\)"):
         multi_token_loss(model, tokens, route="headwise", head_weights=[1.0])
-
-
-def test_windows_depend_on_seed_and_number_alone():
-    tokens = np.arange(100, dtype=np.uint16)
-    windows = Windows(tokens, 5, 10, seed=3)
-    third = windows.batch(2)
-    assert third.shape == (5, 10)
-    assert third.dtype == torch.int64
-    assert torch.equal(third - third[:, :1], torch.arange(10).expand(5, -1))
-    assert torch.equal(third, Windows(tokens, 5, 10, seed=3).batch(2))
-    assert not torch.equal(third, windows.batch(3))
-    assert not torch.equal(third, Windows(tokens, 5, 10, seed=4).batch(2))
-
-
-def test_windows_reach_both_ends():
-    windows = Windows(np.arange(12, dtype=np.uint8), 64, 10, seed=0)
-    assert set(windows.batch(0)[:, 0].tolist()) == {0, 1, 2}
-    with pytest.raises(ValueError, match="12 tokens, fewer than one window of 13"):
-        Windows(np.arange(12, dtype=np.uint8), 1, 13, seed=0)
-
-
-def test_corpus_splits_by_file_and_closes_documents(tmp_path):
-    files = []
-    for i in range(20):
-        files.append(tmp_path / f"{i}.txt")
-        files[-1].write_text(f"text {i}")
-    corpus = Corpus(tuple(files), validation_share=0.1, seed=1)
-    train, validation = corpus.split_files()
-    assert len(validation) == 2
-    assert sorted(train + validation) == sorted(files)
-    assert Corpus(tuple(files), validation_share=0.1, seed=2).split_files()[1] != validation
-    documents = bytes(corpus.read()[1]).split(b"\0")
-    assert documents == [*(file.read_bytes() for file in validation), b""]
-
-    corpus.save(tmp_path / "run")
-    assert load_corpus(tmp_path / "run").split_files() == (train, validation)
-    (tmp_path / "run" / "corpus.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"corpus\.json is damaged"):
-        load_corpus(tmp_path / "run")
-
-
-def test_a_single_file_is_validated_on_its_end(tmp_path):
-    file = tmp_path / "one.txt"
-    file.write_bytes(bytes(range(1, 100)))
-    train, validation = Corpus((file,), validation_share=0.1).read()
-    assert bytes(train) == bytes(range(1, 91))
-    assert bytes(validation) == bytes(range(91, 100)) + b"\0"
-
-
-def test_an_empty_corpus_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no files"):
-        Corpus(())
-    (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match=r"0 bytes in .*empty"):
-        Corpus((tmp_path / "empty",)).read()
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    config = TrainConfig(steps=1, learning_rate=1.0, final_learning_rate=0.1, warmup=0.2)
-    rates = [config.learning_rate_at(p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)]
-    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"minutes": 1.0}, "give one of steps and minutes"),
-        ({"steps": None}, "give one of steps and minutes"),
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"batch_size": 0}, "batch_size must be positive"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"precision": "int8"}, "precision must be"),
-        ({"warmup": 1.0}, "warmup must be in"),
-        ({"head_weights_warmup": 1.5}, r"head_weights_warmup must be in \[0, 1\], got 1.5"),
-        ({"dropout_warmup": -0.1}, "dropout_warmup must be in"),
-        ({"head_weights": (1.0, -1.0, 1.0)}, "head_weights must be finite and not negative"),
-        ({"head_weights": (1.0, float("nan"), 1.0)}, "head_weights must be finite"),
-        ({"compile": True, "dropout_warmup": 0.1}, "dropout_warmup must be 0"),
-        ({"head_dropout": (0.0, 1.0, 0.0)}, r"head_dropout must be in \[0, 1\)"),
-    ],
-)
-def test_train_config_rejects(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TRAIN, **changes)
 
 
 def test_trainer_rejects_a_context_beyond_the_model(tmp_path):
@@ -402,10 +309,6 @@ def test_metrics_are_json_lines(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["validation_loss"] is None for line in lines] == [True, True, False]
     assert read_metrics(tmp_path / "nowhere") == []
-
-
-def test_default_precision_is_one_that_training_takes():
-    dataclasses.replace(TRAIN, precision=default_precision(torch.device("cpu")))
 
 
 @pytest.mark.slow

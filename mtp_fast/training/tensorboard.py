@@ -7,7 +7,7 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mtp_fast.training.loop import StepMetrics
+from mtp_fast.training.metrics import StepMetrics
 
 
 class TensorBoardLog:
