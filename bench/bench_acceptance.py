@@ -4,15 +4,15 @@ Bound: one read of the logits, here torch's maximum of the same bytes taken as i
 threads. Greedy reads B (K+1) V logits once; with draft logits there are K more rows for K+1.
 
     pytest bench/bench_acceptance.py --benchmark-only
-    python bench/bench_acceptance.py             # the table
+    python bench/bench_acceptance.py --json bench/results/acceptance.json    # the table
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import mtp_fast
-from harness import interleaved, machine, table
+from harness import DEVICE, MODELS, Comparison, agreeing, finish, interleaved
 
 try:
     from transformers.generation.utils import _speculative_sampling
@@ -28,12 +28,13 @@ except ImportError:
     _speculative_sampling = None
 
 SHAPE = (32, 3, 128256)  # B, K, V
-# Sampling arguments, whether drafts are stochastic, the time allowed as a multiple of the bound.
-CASES: dict[str, tuple[dict[str, Any], bool, float]] = {
-    "greedy": ({}, False, 1.3),
-    "sampled": ({"temperature": 1.0}, False, 5.0),
-    "sampled, draft logits": ({"temperature": 1.0}, True, 9.0),
-    "top-k 50, top-p 0.9": ({"temperature": 1.0, "top_k": 50, "top_p": 0.9}, False, 10.0),
+QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
+# Sampling arguments, and whether drafts are stochastic.
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "greedy": ({}, False),
+    "sampled": ({"temperature": 1.0}, False),
+    "sampled, draft logits": ({"temperature": 1.0}, True),
+    "top-k 50, top-p 0.9": ({"temperature": 1.0, "top_k": 50, "top_p": 0.9}, False),
 }
 
 
@@ -45,9 +46,11 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(batch, width + 1, vocab, generator=generator) * 2
         drafts = torch.randint(0, vocab, (batch, width), generator=generator)
-        best = torch.cat([drafts, drafts[:, :1]], 1)
+        # The tokens that these logits admit: every draft, then the best id of the bonus row.
+        self.expected = torch.cat([drafts, drafts[:, :1]], 1).to(device)
         self.drafts = drafts.to(device)
-        self.target = logits.scatter(-1, best.unsqueeze(-1), 40.0).bfloat16().to(device)
+        best = self.expected.unsqueeze(-1)
+        self.target = logits.to(device).scatter(-1, best, 40.0).bfloat16()
         self.draft = self.target[:, :-1].clone()
 
     def bound(self) -> Tensor:
@@ -120,77 +123,72 @@ def transformers_rows(problem: Problem, sampling: dict[str, Any]) -> Tensor:
     return torch.stack([row[: problem.drafts.shape[1] + 1] for row in rows])
 
 
-def competitors(problem: Problem, case: str) -> dict[str, Callable[[], Any]]:
+def comparison(problem: Problem, case: str) -> Comparison:
     """The bound, the op, and what it replaces, under one case."""
-    sampling, stochastic, _ = CASES[case]
+    sampling, stochastic = CASES[case]
     runs: dict[str, Callable[[], Any]] = {
         "bound": problem.bound,
-        "mtp_fast": lambda: problem.accept(stochastic, sampling).tokens,
+        "ours": lambda: problem.accept(stochastic, sampling).tokens,
         "eager": lambda: eager(problem, stochastic, sampling, by_topk=False),
     }
     if "top_k" in sampling:
         runs["eager, topk"] = lambda: eager(problem, stochastic, sampling, by_topk=True)
     if stochastic and _speculative_sampling is not None:
         runs["transformers"] = lambda: transformers_rows(problem, sampling)
-    return runs
-
-
-def check(runs: dict[str, Callable[[], Any]], problem: Problem) -> None:
-    """Raise unless all give the tokens that this problem admits: every draft, then the best id."""
-    expected = torch.cat([problem.drafts, problem.drafts[:, :1]], 1)
-    for name, run in runs.items():
-        if name != "bound" and not torch.equal(run(), expected):
-            raise RuntimeError(f"{name}: tokens differ; times would mean nothing")
+    return agreeing(runs, [problem.expected], [0.0])
 
 
 def host_overhead() -> float:
-    """Microseconds of one call at B=1, K=3, V=256, bfloat16, sampled."""
+    """Microseconds of one call at B = 1, K = 3, V = 256, bfloat16, sampled."""
     problem = Problem((1, 3, 256))
     sampling = {"temperature": 1.0, "seed": 1, "position": 2}
     run = lambda: problem.accept(False, sampling)  # noqa: E731
     return min(timeit.repeat(run, number=1000, repeat=7)) * 1e3
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shape", [(1, 3, 32000), (8, 3, 32000)], ids=str)
-def test_accept(benchmark: Any, case: str, shape: tuple[int, int, int]) -> None:
-    problem = Problem(shape)
-    runs = competitors(problem, case)
-    check(runs, problem)
-    benchmark(runs["mtp_fast"])
-
-
-def test_host_overhead(benchmark: Any) -> None:
-    problem = Problem((1, 3, 256))
-    benchmark(lambda: problem.accept(False, {"temperature": 1.0}))
+@pytest.mark.parametrize("competitor", ["bound", "ours", "eager", "eager, topk", "transformers"])
+def test_accept(compare: Any, quick: bool, competitor: str, case: str, model: str) -> None:
+    if quick and model not in QUICK_MODELS:
+        pytest.skip("not quick")
+    vocab, _ = MODELS[model]
+    batch = 32 if DEVICE == "cuda" else 4
+    compare(
+        f"acceptance, {case}, {batch} x 4 x {vocab} ({model})",
+        competitor,
+        lambda: comparison(Problem((batch, 3, vocab), DEVICE), case),
+        vocab=vocab,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--slow-repeats", type=int, default=3, help="of the eager competitors")
+    parser.add_argument("--json", type=Path, help="save the report there")
     arguments = parser.parse_args()
-    print(json.dumps(machine()))
     problem = Problem(SHAPE)
-    head = ["case", "bound ms", "ours ms", "x bound", "allowed", "eager x", "eager topk x"]
-    rows = [[*head, "transformers x"]]
-    for case, (_, _, allowed) in CASES.items():
-        runs = competitors(problem, case)
-        check(runs, problem)
-        fast = {name: runs[name] for name in ("bound", "mtp_fast")}
-        seconds = interleaved(fast, arguments.repeats, warmup=3)
+    cases, left_out = {}, {}
+    for case in CASES:
+        runs, wrong, _ = comparison(problem, case)
+        left_out.update({f"{name} ({case})": why for name, why in wrong.items()})
+        fast = {name: runs[name] for name in ("bound", "ours")}
         slow = {name: run for name, run in runs.items() if name != "bound"}
+        seconds = interleaved(fast, arguments.repeats, warmup=3)
         others = interleaved(slow, arguments.slow_repeats)
-        ours = seconds["mtp_fast"]
-        ratios = [
-            f"{others[name] / others['mtp_fast']:.1f}" if name in others else "-"
-            for name in ("eager", "eager, topk", "transformers")
-        ]
-        bound = seconds["bound"]
-        numbers = [f"{bound * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{ours / bound:.2f}"]
-        rows.append([case, *numbers, f"{allowed:.1f}", *ratios])
-    print(table(rows))
-    print(f"host time of one call, B=1, K=3, V=256: {host_overhead():.1f} us")
+        ours = others.pop("ours")
+        cases[case] = {**seconds, "over_ours": {name: s / ours for name, s in others.items()}}
+    report = {
+        "bench": "acceptance",
+        "shape": dict(zip("BKV", SHAPE, strict=True)),
+        "dtype": "bfloat16",
+        "repeats": arguments.repeats,
+        "notes": [f"host time of a call at B = 1, K = 3, V = 256: {host_overhead():.1f} us"],
+        "cases": cases,
+        "left_out": left_out,
+    }
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

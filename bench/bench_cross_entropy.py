@@ -5,16 +5,14 @@ rows, the logits' buffer allocated inside the timed part as the op does. What th
 and one write of every logit and, per chunk, one pass over the float32 d(weight).
 
     pytest bench/bench_cross_entropy.py --benchmark-only      # small shapes
-    python bench/bench_cross_entropy.py                       # the table, and memory (minutes)
+    python bench/bench_cross_entropy.py --dtype float32       # the large shape (minutes)
+    python bench/bench_cross_entropy.py --memory
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import subprocess
-import sys
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mtp_fast
-from harness import interleaved, keep_freed_memory, machine, table
+from harness import (
+    DEVICE,
+    MODELS,
+    Comparison,
+    agreeing,
+    finish,
+    in_fresh_process,
+    keep_freed_memory,
+    peak_growth,
+    timings,
+)
 
 MIB = 1 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What eager PyTorch's loss, d(hidden) and d(weight) may differ by.
+TOLERANCES = {"float32": (1e-5, 1e-4, 1e-4), "bfloat16": (2e-3, 2e-2, 2e-2)}
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+COMPETITORS = (
+    "bound",
+    "bound, 512 rows",
+    "bound, 1024 rows",
+    "bound, 2048 rows",
+    "ours",
+    "ours, 4 heads",
+    "ours, half of the rows ignored",
+    "eager",
+    "torch.compile",
+    "F.linear_cross_entropy, 512 rows",
+    "F.linear_cross_entropy, auto",
+    "cut-cross-entropy, torch_compile",
+)
 # (heads, rows a head, d, V)
 TABLE_SHAPE = (4, 1024, 576, 49152)
-SHAPES = {
-    "bytes": (4, 1024, 256, 256),
-    "gpt2": (4, 64, 768, 50257),
-    "smollm2": (4, 64, 576, 49152),
-    "llama3": (1, 32, 1024, 128256),
-}
 
 
 class Problem:
@@ -45,28 +65,27 @@ class Problem:
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, ignored: float = 0.0):
         heads, length, dim, vocab = shape
         torch.manual_seed(0)
-        self.hidden = torch.randn(heads, 1, length, dim).to(dtype).requires_grad_()
-        self.weight = (torch.randn(vocab, dim) * dim**-0.5).to(dtype).requires_grad_()
-        self.labels = torch.randint(0, vocab, (1, length))
+        options = {"device": DEVICE, "dtype": dtype}
+        self.hidden = torch.randn(heads, 1, length, dim, **options).requires_grad_()
+        self.weight = torch.randn(vocab, dim, **options).mul_(dim**-0.5).requires_grad_()
+        self.labels = torch.randint(0, vocab, (1, length), device=DEVICE)
         self.flat = self.hidden.detach().reshape(-1, dim).requires_grad_()
-        self.target = torch.randint(0, vocab, (heads * length,))
-        self.target[torch.rand(heads * length) < ignored] = -100
+        self.target = torch.randint(0, vocab, (heads * length,), device=DEVICE)
+        self.target[torch.rand(heads * length, device=DEVICE) < ignored] = -100
 
-    def step(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Forward and backward of loss(rows, weight, target)."""
+    def step(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward of loss(rows, weight, target): the loss and both gradients."""
         self.flat.grad = self.weight.grad = None
         value = loss(self.flat, self.weight, self.target)
         value.backward()
-        return value.detach()
+        return value.detach(), self.flat.grad, self.weight.grad
 
-    def heads_step(self, chunk_bytes: int | None = None) -> Tensor:
-        """Forward and backward of our multi-head loss."""
+    def heads_step(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for a multi-head loss(hidden, weight, labels)."""
         self.hidden.grad = self.weight.grad = None
-        value = mtp_fast.multi_token_cross_entropy(
-            self.hidden, self.weight, self.labels, chunk_bytes=chunk_bytes
-        )
+        value = loss(self.hidden, self.weight, self.labels)
         value.backward()
-        return value.detach()
+        return value.detach(), self.hidden.grad, self.weight.grad
 
     def gemms(self, rows: int) -> None:
         """The bound: the three products in chunks of `rows`."""
@@ -88,15 +107,33 @@ def eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).float(), target)
 
 
+def eager_rows(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile for one shape: what it knows of others' is dropped, or it would give up."""
+    torch.compiler.reset()
+    return torch.compile(function)
+
+
+def eager_heads(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    length, dim = hidden.shape[-2:]
+    rows = [head[:, : length - 1 - k].reshape(-1, dim) for k, head in enumerate(hidden)]
+    return torch.stack(
+        [eager(x, weight, labels[:, 1 + k :].reshape(-1)) for k, x in enumerate(rows)]
+    ).sum()
+
+
 def ours(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return mtp_fast.linear_cross_entropy(x, weight, target)
 
 
-def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def peers() -> dict[str, Loss]:
     """The competitors that are installed."""
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    found: dict[str, Loss] = {
         "eager": eager,
-        "torch.compile": torch.compile(eager),
+        "torch.compile": compiled(eager),
     }
     if hasattr(F, "linear_cross_entropy"):
         from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
@@ -117,106 +154,155 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("competitor", ["bound", "ours", "ours, heads", "eager"])
-def test_forward_backward(benchmark: Any, competitor: str, shape: str, dtype: str) -> None:
-    benchmark.group = f"cross-entropy {shape} {dtype}"
-    problem = Problem(SHAPES[shape], DTYPES[dtype])
-    torch.testing.assert_close(problem.step(ours), problem.step(eager), rtol=1e-3, atol=0.0)
-    run = {
-        "bound": lambda: problem.gemms(len(problem.flat)),
-        "ours": lambda: problem.step(ours),
-        "ours, heads": problem.heads_step,
-        "eager": lambda: problem.step(eager),
-    }[competitor]
-    benchmark(run)
-
-
-def time_table(dtype: str, repeats: int) -> dict[str, float]:
-    """Seconds by competitor at the table's shape."""
-    problem = Problem(TABLE_SHAPE, DTYPES[dtype])
-    half = Problem(TABLE_SHAPE, DTYPES[dtype], ignored=0.5)
-    losses = {"ours": ours, **peers()}
-    truth = float(problem.step(eager))
-    compared: dict[str, Callable[[], Any]] = {
-        f"bound, {rows} rows": lambda r=rows: problem.gemms(r) for rows in (512, 1024, 2048)
+def comparison(shape: tuple[int, int, int, int], dtype: str, losses: dict[str, Loss]) -> Comparison:
+    """The bound at several chunks, our losses, and those of the others that agree with eager."""
+    problem = Problem(shape, DTYPES[dtype])
+    half = Problem(shape, DTYPES[dtype], ignored=0.5)
+    tolerances = TOLERANCES[dtype]
+    rows = len(problem.flat)
+    chunks = {f"bound, {r} rows": r for r in (512, 1024, 2048) if r < rows} or {"bound": rows}
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda r=r: problem.gemms(r) for name, r in chunks.items()
     }
-    for name, loss in losses.items():
-        value = float(problem.step(loss))
-        if math.isclose(value, truth, rel_tol=2e-3):
-            compared[name] = lambda f=loss: problem.step(f)
-        else:
-            print(f"{name}: loss {value:.4f} where eager has {truth:.4f}; left out")
-    compared["ours, 4 heads"] = problem.heads_step
-    compared["ours, half of the rows ignored"] = lambda: half.step(ours)
-    return interleaved(compared, repeats)
+    runs |= {name: lambda f=loss: problem.step(f) for name, loss in losses.items()}
+    flat = agreeing({**runs, "ours": lambda: problem.step(ours)}, problem.step(eager), tolerances)
+    heads = agreeing(
+        {"ours, 4 heads": lambda: problem.heads_step(mtp_fast.multi_token_cross_entropy)},
+        problem.heads_step(eager_heads),
+        tolerances,
+    )
+    ignoring = agreeing(
+        {"ours, half of the rows ignored": lambda: half.step(ours)}, half.step(eager), tolerances
+    )
+    return flat._replace(runs={**flat.runs, **heads.runs, **ignoring.runs})
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import bench_cross_entropy as bench
-name, dtype, rows = sys.argv[2], sys.argv[3], int(sys.argv[4])
-heads, _, dim, vocab = bench.TABLE_SHAPE
-loss = {"ours": bench.ours, **bench.peers()}[name] if name != "ours, 4 heads" else None
-warm = bench.Problem((heads, 8, dim, 512), bench.DTYPES[dtype])
-warm.heads_step() if loss is None else warm.step(loss)
-problem = bench.Problem((heads, rows // heads, dim, vocab), bench.DTYPES[dtype])
-def peak():  # MiB
-    status = Path("/proc/self/status").read_text()
-    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) / 1024
-Path("/proc/self/clear_refs").write_text("5")  # resets it
-before = peak()
-problem.heads_step() if loss is None else problem.step(loss)
-gradients = (problem.weight.nbytes + problem.flat.nbytes) / bench.MIB
-print(peak() - before - gradients)
-"""
+def row_comparison(rows: int, vocab: int, dtype: str, losses: dict[str, RowLoss]) -> Comparison:
+    """The row kernel alone. Bound: one read and one write of the logits."""
+    torch.manual_seed(0)
+    logits = torch.randn(rows, vocab, device=DEVICE, dtype=DTYPES[dtype])
+    target = torch.randint(0, vocab, (rows,), device=DEVICE)
+    copy = torch.empty_like(logits)
+
+    def step(loss: RowLoss) -> tuple[Tensor, Tensor]:
+        z = logits.detach().requires_grad_()
+        value = loss(z, target)
+        value.backward()
+        return value.detach(), z.grad
+
+    losses = {"ours": mtp_fast.cross_entropy, **losses}
+    runs: dict[str, Callable[[], Any]] = {"bound": lambda: copy.copy_(logits)}
+    runs |= {name: lambda f=loss: step(f) for name, loss in losses.items()}
+    return agreeing(runs, step(eager_rows), TOLERANCES[dtype][:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("competitor", ["bound", "ours", "eager", "torch.compile"])
+def test_cross_entropy(compare: Any, quick: bool, competitor: str, model: str, dtype: str) -> None:
+    if quick and dtype != "float32":
+        pytest.skip("not quick")
+    vocab, _ = MODELS[model]
+    rows = 8192 if DEVICE == "cuda" else 64 if quick else 256
+    losses: dict[str, RowLoss] = {"eager": eager_rows}
+    if not quick:
+        losses["torch.compile"] = compiled(eager_rows)
+    compare(
+        f"cross_entropy {dtype}, {rows} x {vocab} ({model})",
+        competitor,
+        lambda: row_comparison(rows, vocab, dtype, losses),
+        vocab=vocab,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("competitor", COMPETITORS)
+def test_linear_cross_entropy(
+    compare: Any, quick: bool, competitor: str, model: str, dtype: str
+) -> None:
+    if quick and dtype != "float32":
+        pytest.skip("not quick")
+    vocab, dim = MODELS[model]
+    dim = min(dim, 256) if quick else dim
+    length = 2048 if DEVICE == "cuda" else 16 if quick else 32
+    losses = {"eager": eager} if quick else peers()
+    losses = {name: loss for name, loss in losses.items() if name in COMPETITORS}
+    compare(
+        f"linear_cross_entropy {dtype}, 4 x {length} x {dim} x {vocab} ({model})",
+        competitor,
+        lambda: comparison((4, length, dim, vocab), dtype, losses),
+        vocab=vocab,
+    )
+
+
+def time_report(dtype: str, repeats: int) -> dict[str, Any]:
+    heads, length, dim, vocab = TABLE_SHAPE
+    comparing = comparison(TABLE_SHAPE, dtype, peers())
+    seconds = timings(comparing.runs, repeats)
+    return {
+        "bench": "cross_entropy",
+        "shape": {"N": heads * length, "d": dim, "V": vocab},
+        "dtype": dtype,
+        "repeats": repeats,
+        "notes": ["forward and backward", "bound: the three products alone"],
+        "runs": {
+            name: {"median_s": statistics.median(values), "fastest_s": min(values)}
+            for name, values in seconds.items()
+        },
+        "left_out": comparing.left_out,
+    }
 
 
 def peak_memory(name: str, dtype: str, rows: int) -> float:
-    """MiB above inputs and gradients, in a fresh process."""
-    arguments = [str(Path(__file__).parent), name, dtype, str(rows)]
-    out = subprocess.run(
-        [sys.executable, "-c", MEMORY, *arguments], check=True, capture_output=True, text=True
-    )
-    return float(out.stdout.splitlines()[-1])
+    """MiB above inputs and gradients, for a fresh process."""
+    heads, _, dim, vocab = TABLE_SHAPE
+
+    def step(problem: Problem) -> None:
+        if name == "ours, 4 heads":
+            problem.heads_step(mtp_fast.multi_token_cross_entropy)
+        else:
+            problem.step(eager if name == "eager" else ours)
+
+    step(Problem((heads, 8, dim, 512), DTYPES[dtype]))  # what the first call sets up
+    problem = Problem((heads, rows // heads, dim, vocab), DTYPES[dtype])
+    return peak_growth(lambda: step(problem)) - (problem.weight.nbytes + problem.flat.nbytes) / MIB
+
+
+def memory_report() -> dict[str, Any]:
+    _, _, dim, vocab = TABLE_SHAPE
+    mib: dict[str, list[float | None]] = {}
+    for dtype in DTYPES:
+        for name in ("ours", "ours, 4 heads"):
+            cases = [in_fresh_process(peak_memory, name, dtype, rows) for rows in (4096, 65536)]
+            mib[f"{name}, {dtype}"] = cases
+        mib[f"eager, {dtype}"] = [in_fresh_process(peak_memory, "eager", dtype, 4096), None]
+    mib["bound: chunk + 4 V d + 64 MiB"] = [256 + 4 * vocab * dim / MIB + 64] * 2
+    return {
+        "bench": "memory",
+        "shape": {"d": dim, "V": vocab},
+        "notes": [
+            "peak resident set above inputs and gradients of one forward and backward, "
+            "each in a fresh process"
+        ],
+        "columns": ["4096 rows", "65536 rows"],
+        "mib": mib,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="save the report there")
     arguments = parser.parse_args()
-    keep_freed_memory()
-    heads, length, dim, vocab = TABLE_SHAPE
-    print(f"N = {heads * length} rows, d = {dim}, V = {vocab}, forward + backward; {machine()}")
-    results: dict[str, Any] = {"machine": machine(), "shape": TABLE_SHAPE}
     if arguments.memory:
-        _, _, dim, vocab = TABLE_SHAPE
-        rows = [["MiB above inputs and gradients", "4096 rows", "65536 rows"]]
-        for dtype in arguments.dtypes:
-            for name in ("ours", "ours, 4 heads", "eager"):
-                large = peak_memory(name, dtype, 65536) if name != "eager" else math.nan
-                values = [peak_memory(name, dtype, 4096), large]
-                results[f"{name} {dtype}"] = values
-                rows.append([f"{name}, {dtype}", *[f"{v:.0f}" for v in values]])
-        bound = 256 + vocab * dim * 4 / MIB + 64
-        rows.append(["bound: chunk + 4 V d + 64 MiB", f"{bound:.0f}", f"{bound:.0f}"])
-        print(table(rows))
+        report = memory_report()
     else:
-        for dtype in arguments.dtypes:
-            seconds = time_table(dtype, arguments.repeats)
-            results[dtype] = seconds
-            bound = min(value for name, value in seconds.items() if name.startswith("bound"))
-            rows = [[dtype, "ms", "over the bound"]]
-            rows += [[k, f"{v * 1e3:.0f}", f"{v / bound:.3f}"] for k, v in seconds.items()]
-            print(table(rows), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        keep_freed_memory()
+        report = time_report(arguments.dtype, arguments.repeats)
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

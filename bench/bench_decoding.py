@@ -6,6 +6,7 @@ Weights are random: a step costs the same whether its drafts are accepted or not
 makes drafts that are always accepted, by a model that is trained on a periodic sequence, and times
 whole generations.
 
+    pytest bench/bench_decoding.py --benchmark-only     # small models
     python bench/bench_decoding.py              # steps: 30M parameters, 28 + 4 and 24 + 8 layers
     python bench/bench_decoding.py --periodic   # trains for a minute first
 """
@@ -13,20 +14,27 @@ whole generations.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from harness import interleaved, machine, table
+from harness import Comparison, agreeing, finish, interleaved
 from mtp_fast.decoding import generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.training import multi_token_loss
 
-# Trunk layers, heads, share of the ceiling that is wanted.
-SHAPES = ((28, 4, 0.95), (24, 8, 0.92))
+# Trunk layers, heads.
+SHAPES = ((28, 4), (24, 8))
+# Trunk layers, heads, dim, ffn_dim.
+PERIODIC_SHAPE, QUICK_SHAPE = (24, 8, 128, 352), (8, 4, 64, 176)
 NEW_TOKENS = 64
 PERIOD = 23
+PERIODIC = torch.arange(200) % PERIOD
 
 
 def byte_model(trunk: int, heads: int, dim: int = 256, ffn_dim: int = 896) -> MTPTransformer:
@@ -42,23 +50,24 @@ def steps(model: MTPTransformer, n_heads: int) -> Callable[[], list[int]]:
     return lambda: generate(model, [prompt], NEW_TOKENS, n_heads=n_heads).stats.forwards
 
 
-def efficiency(repeats: int) -> list[list[str]]:
-    rows = [["layers", "weights", "1 head ms", "k heads ms", "efficiency", "ceiling", "of it"]]
-    rows[0].append("wanted")
-    for trunk, heads, wanted in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            model = byte_model(trunk, heads).to(dtype)
-            runs = {k: steps(model, k) for k in (1, heads)}
-            forwards = {k: run()[0] for k, run in runs.items()}
-            seconds = interleaved({str(k): run for k, run in runs.items()}, repeats)
+def efficiency(repeats: int) -> dict[str, Any]:
+    runs = []
+    for trunk, heads in SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            model = byte_model(trunk, heads).to(getattr(torch, dtype))
+            generations = {k: steps(model, k) for k in (1, heads)}
+            forwards = {k: run()[0] for k, run in generations.items()}
+            seconds = interleaved({str(k): run for k, run in generations.items()}, repeats)
             one, many = (seconds[str(k)] / forwards[k] for k in (1, heads))
-            ceiling = (trunk + 1) / (trunk + heads)
-            share = one / many / ceiling
-            numbers = [f"{one * 1e3:.2f}", f"{many * 1e3:.2f}", f"{one / many:.3f}"]
-            dtype_name = str(dtype).removeprefix("torch.")
-            verdict = [f"{ceiling:.3f}", f"{share:.3f}", f"{wanted:.2f}"]
-            rows.append([f"{trunk} + {heads}", dtype_name, *numbers, *verdict])
-    return rows
+            times = {"one_head_s": one, "all_heads_s": many}
+            runs.append({"trunk": trunk, "heads": heads, "dtype": dtype, **times})
+    return {
+        "bench": "decoding",
+        "shape": {"d": 256, "ffn": 896, "V": 256, "batch": 1},
+        "repeats": repeats,
+        "notes": [f"greedy, {NEW_TOKENS} new tokens a generation, time of a step"],
+        "runs": runs,
+    }
 
 
 def learn_period(model: MTPTransformer, steps: int = 150) -> None:
@@ -76,35 +85,71 @@ def learn_period(model: MTPTransformer, steps: int = 150) -> None:
     print(f"loss over heads after {steps} steps: {loss.item():.4f}")
 
 
-def periodic(repeats: int) -> list[list[str]]:
-    trunk, heads, _ = SHAPES[1]
-    model = byte_model(trunk, heads, dim=128, ffn_dim=352)
+@lru_cache
+def periodic_model(trunk: int, heads: int, dim: int, ffn_dim: int) -> MTPTransformer:
+    model = byte_model(trunk, heads, dim, ffn_dim)
     learn_period(model)
-    model.bfloat16()
-    prompt, count = torch.arange(PERIOD), 200
-    runs = {k: lambda k=k: generate(model, [prompt], count, n_heads=k) for k in (1, heads)}
-    results = {k: run() for k, run in runs.items()}
-    expected = (torch.arange(count) % PERIOD).tolist()
-    if any(result.tokens[0].tolist() != expected for result in results.values()):
-        raise RuntimeError("the model has not learnt the sequence; times would mean nothing")
-    seconds = interleaved({str(k): run for k, run in runs.items()}, repeats)
-    rows = [["layers", "heads used", "tokens per forward", "tokens/s", "speedup"]]
-    for k, result in results.items():
-        time = seconds[str(k)]
-        numbers = [f"{result.stats.tokens_per_forward:.2f}", f"{count / time:.0f}"]
-        rows.append([f"{trunk} + {heads}", str(k), *numbers, f"{seconds['1'] / time:.2f}x"])
-    return rows
+    return model.bfloat16()
+
+
+def continuations(model: MTPTransformer, heads: Sequence[int]) -> dict[int, Callable[[], Tensor]]:
+    """A generation with each number of heads; it returns the tokens, which `PERIODIC` holds."""
+    prompt = torch.arange(PERIOD)
+    return {
+        k: lambda k=k: generate(model, [prompt], len(PERIODIC), n_heads=k).tokens[0] for k in heads
+    }
+
+
+def periodic(repeats: int) -> dict[str, Any]:
+    trunk, heads, dim, ffn_dim = PERIODIC_SHAPE
+    model = periodic_model(trunk, heads, dim, ffn_dim)
+    used = (1, heads)
+    runs = {f"ours, {k}": run for k, run in continuations(model, used).items()}
+    seconds = interleaved(agreeing(runs, [PERIODIC], [0.0]).runs, repeats)
+    prompt, count = torch.arange(PERIOD), len(PERIODIC)
+    rates = {k: generate(model, [prompt], count, n_heads=k).stats.tokens_per_forward for k in used}
+    return {
+        "bench": "decoding_periodic",
+        "shape": {"d": dim, "ffn": ffn_dim, "trunk layers": trunk, "heads": heads, "batch": 1},
+        "dtype": "bfloat16",
+        "repeats": repeats,
+        "notes": ["greedy"],
+        "runs": [
+            {
+                "heads": k,
+                "tokens_per_forward": rates[k],
+                "tokens": count,
+                "seconds": seconds[f"ours, {k}"],
+            }
+            for k in used
+        ],
+    }
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("competitor", ["1 head", "ours"])
+def test_periodic(compare: Any, quick: bool, competitor: str, k: int) -> None:
+    """Decoding with k heads, all drafts accepted; with one, as the bound by layers."""
+    if quick and k == 8:
+        pytest.skip("not quick")
+    trunk, heads, dim, ffn_dim = QUICK_SHAPE if quick else PERIODIC_SHAPE
+
+    def build() -> Comparison:
+        runs = continuations(periodic_model(trunk, heads, dim, ffn_dim), (1, k))
+        comparison = agreeing({"1 head": runs[1], "ours": runs[k]}, [PERIODIC], [0.0])
+        return comparison._replace(bounds={"1 head": (trunk + k) / (trunk + 1) / k})
+
+    compare(f"decoding, {k} heads, {trunk} + {heads} layers", competitor, build, heads=k)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--periodic", action="store_true", help="the trained periodic model")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="save the report there")
     arguments = parser.parse_args()
-    print(json.dumps(machine()))
-    print(
-        table(periodic(arguments.repeats) if arguments.periodic else efficiency(arguments.repeats))
-    )
+    measure = periodic if arguments.periodic else efficiency
+    finish(measure(arguments.repeats), arguments.json)
 
 
 if __name__ == "__main__":

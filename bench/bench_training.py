@@ -17,9 +17,7 @@ Bound of the ratio, by FLOPs: (blocks + n unembeddings) / (blocks + 1 unembeddin
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from harness import interleaved, keep_freed_memory, machine, table
+from harness import (
+    DEVICE,
+    Comparison,
+    agreeing,
+    finish,
+    in_fresh_process,
+    interleaved,
+    keep_freed_memory,
+    peak_growth,
+)
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.training import multi_token_loss
 
@@ -60,10 +67,10 @@ class Shape:
         config = MTPConfig(
             self.vocab_size, self.dim, layers, *heads, n, self.ffn_dim, max_seq_len=self.length
         )
-        return MTPTransformer(config)
+        return MTPTransformer(config).to(DEVICE)
 
     def tokens(self) -> Tensor:
-        return torch.randint(0, self.vocab_size, (self.batch, self.length))
+        return torch.randint(0, self.vocab_size, (self.batch, self.length)).to(DEVICE)
 
     def flops_ratio(self, n: int) -> float:
         """Products of a step with `n` heads over those of a step with one."""
@@ -83,6 +90,7 @@ SHAPES = {
 }
 MEMORY_SHAPE = Shape(49_152, 576, 2, 9, 3, 1536, batch=1, length=1024)
 SMALL = Shape(256, 64, 6, 2, 1, 128, batch=4, length=64)
+QUICK_SHAPES = {"bytes": SMALL, "smollm2": Shape(49_152, 128, 6, 2, 1, 352, batch=1, length=128)}
 
 
 def eager(model: MTPTransformer, tokens: Tensor) -> Tensor:
@@ -119,53 +127,81 @@ class Step:
         return loss.detach()
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_step(benchmark: Any, loss: str, n: int) -> None:
-    benchmark.group = f"training step, {n} heads"
-    step, reference = Step(SMALL, n, loss), Step(SMALL, n, "eager, all heads")
-    torch.testing.assert_close(step(), reference())
-    benchmark(step)
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", ["bytes", "smollm2"])
+@pytest.mark.parametrize("competitor", ["1 head", *LOSSES])
+def test_step(compare: Any, quick: bool, competitor: str, name: str, n: int) -> None:
+    """A step with n heads; with one, at equal parameters, as the bound by FLOPs."""
+    shape = (QUICK_SHAPES if quick else SHAPES)[name]
+
+    def build() -> Comparison:
+        expected = [Step(shape, n, "eager, all heads")()]
+        steps = agreeing({loss: Step(shape, n, loss) for loss in LOSSES}, expected, [1e-4])
+        steps.runs["1 head"] = Step(shape, 1, "ours, all heads")
+        return steps._replace(bounds={"1 head": shape.flops_ratio(n)})
+
+    compare(f"training step, {n} heads, {name}", competitor, build, heads=n)
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import bench_training as bench
-loss, n, shape = bench.LOSSES[sys.argv[2]], int(sys.argv[3]), bench.MEMORY_SHAPE
-loss(bench.SMALL.model(2), bench.SMALL.tokens()).backward()  # what the first call sets up
-model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
-def peak():  # MiB
-    status = Path("/proc/self/status").read_text()
-    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) / 1024
-Path("/proc/self/clear_refs").write_text("5")  # resets it
-before = peak()
-loss(model, tokens).backward()
-print(peak() - before - sum(p.nbytes for p in model.parameters()) / bench.MIB)
-"""
+@pytest.mark.parametrize("n", HEADS)
+@pytest.mark.parametrize("competitor", LOSSES)
+def test_memory(compare: Any, quick: bool, competitor: str, n: int) -> None:
+    """Forward and backward with n heads on the same trunk: the peak of each in a fresh process."""
+    if quick and n not in (1, 4):
+        pytest.skip("not quick")
+    shape = dataclasses.replace(MEMORY_SHAPE, length=256 if quick else MEMORY_SHAPE.length)
+
+    def build() -> Comparison:
+        model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
+
+        def run(name: str) -> tuple[Tensor, ...]:
+            model.zero_grad()
+            loss = LOSSES[name](model, tokens)
+            loss.backward()
+            return loss.detach(), *[p.grad for p in model.parameters()]
+
+        expected = run("eager, all heads")
+        runs = {name: lambda name=name: run(name) for name in LOSSES}
+        return agreeing(runs, expected, [1e-4] * len(expected))
+
+    compare(
+        f"training memory, {n} heads, V = {shape.vocab_size}, {shape.length} tokens",
+        competitor,
+        build,
+        memory=lambda name: in_fresh_process(peak_memory, name, n, shape.length),
+        heads=n,
+    )
 
 
-def peak_memory(loss: str, n: int) -> float:
-    """MiB above weights and gradients, in a fresh process."""
-    arguments = [str(Path(__file__).parent), loss, str(n)]
-    # glibc gives a mapped block back when it is freed; others may stay, resident and unused.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-    command = [sys.executable, "-c", MEMORY, *arguments]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(out.stdout.splitlines()[-1])
+def peak_memory(loss: str, n: int, length: int) -> float:
+    """MiB above weights and gradients, for a fresh process."""
+    shape = dataclasses.replace(MEMORY_SHAPE, length=length)
+    LOSSES[loss](SMALL.model(2), SMALL.tokens()).backward()  # what the first call sets up
+    model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
+    grown = peak_growth(lambda: LOSSES[loss](model, tokens).backward())
+    return grown - sum(p.nbytes for p in model.parameters()) / MIB
 
 
-def memory_table(plot: Path | None) -> None:
+def memory_report() -> dict[str, Any]:
     s = MEMORY_SHAPE
-    print(f"V = {s.vocab_size}, d = {s.dim}, {s.batch} x {s.length} tokens, float32")
-    print(f"{s.n_layers} trunk layers and n heads; MiB above weights and gradients")
-    peaks = {loss: [peak_memory(loss, n) for n in HEADS] for loss in LOSSES}
-    rows = [["MiB", *[f"n = {n}" for n in HEADS]]]
-    rows += [[loss, *[f"{peak:.0f}" for peak in values]] for loss, values in peaks.items()]
-    print(table(rows))
-    if plot is None:
-        return
+    return {
+        "bench": "memory",
+        "shape": {"V": s.vocab_size, "d": s.dim, "trunk layers": s.n_layers},
+        "dtype": "float32",
+        "notes": [
+            f"{s.batch} x {s.length} tokens",
+            "peak resident set above weights and gradients of one forward and backward, "
+            "each in a fresh process",
+        ],
+        "columns": [f"n = {n}" for n in HEADS],
+        "mib": {
+            loss: [in_fresh_process(peak_memory, loss, n, s.length) for n in HEADS]
+            for loss in LOSSES
+        },
+    }
+
+
+def draw_memory(peaks: dict[str, list[float]], plot: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for loss, values in peaks.items():
@@ -175,17 +211,24 @@ def memory_table(plot: Path | None) -> None:
     FigureCanvasAgg(figure).print_png(plot)
 
 
-def time_table(name: str, repeats: int) -> None:
+def time_report(name: str, repeats: int) -> dict[str, Any]:
     shape = SHAPES[name]
-    print(f"{name}: {shape}, float32")
-    steps = {f"{loss}, n = {n}": Step(shape, n, loss) for loss in LOSSES for n in (1, 4)}
+    steps: dict[str, Callable[[], Any]] = {}
+    for n in (1, 4):
+        expected = [Step(shape, n, "eager, all heads")()]
+        steps |= agreeing(
+            {f"{loss}, n = {n}": Step(shape, n, loss) for loss in LOSSES}, expected, [1e-4]
+        ).runs
     seconds = interleaved(steps, repeats)
-    rows = [["ms", "n = 1", "n = 4", "ratio"]]
-    for loss in LOSSES:
-        one, four = (seconds[f"{loss}, n = {n}"] for n in (1, 4))
-        rows.append([loss, f"{one * 1e3:.0f}", f"{four * 1e3:.0f}", f"{four / one:.3f}"])
-    rows.append(["bound, by FLOPs", "", "", f"{shape.flops_ratio(4):.3f}"])
-    print(table(rows))
+    return {
+        "bench": "training",
+        "shape": {"V": shape.vocab_size, "d": shape.dim, "layers": shape.n_layers},
+        "dtype": "float32",
+        "repeats": repeats,
+        "notes": [f"{shape.batch} x {shape.length} tokens", "forward, backward and AdamW"],
+        "seconds": {loss: [seconds[f"{loss}, n = {n}"] for n in (1, 4)] for loss in LOSSES},
+        "bound": shape.flops_ratio(4),
+    }
 
 
 def main() -> None:
@@ -195,13 +238,16 @@ def main() -> None:
     what.add_argument("--time", choices=SHAPES)
     parser.add_argument("--plot", type=Path, help="PNG of the memory")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="save the report there")
     arguments = parser.parse_args()
-    print(machine())
     if arguments.memory:
-        memory_table(arguments.plot)
+        report = memory_report()
+        if arguments.plot is not None:
+            draw_memory(report["mib"], arguments.plot)
     else:
         keep_freed_memory()
-        time_table(arguments.time, arguments.repeats)
+        report = time_report(arguments.time, arguments.repeats)
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

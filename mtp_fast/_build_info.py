@@ -1,7 +1,10 @@
 """What this build and this process are made of."""
 
+import os
 import platform
+import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,3 +39,34 @@ def build_info() -> dict[str, Any]:
         "simd_levels": compiled["simd_levels"],
         "threads_from": compiled["threads_from"],
     }
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement belongs to.
+
+    Returns
+    -------
+    dict
+        ``cpu``: the processor's name; ``cores``: those this process may use; ``threads``: torch's;
+        ``simd``; ``gpu``: name, or None; ``torch``, ``mtp_fast``: versions; ``date``: today.
+    """
+    info = build_info()
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "simd": info["simd"],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": info["torch"],
+        "mtp_fast": info["mtp_fast"],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import sysconfig
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import mtp_fast
+from mtp_fast._build_info import machine
 from mtp_fast.decoding import GenerateResult, generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.terminal import TrainingProgress, print_continuation
@@ -130,16 +129,13 @@ def run(out: Path, minutes: float, device: torch.device, seed: int) -> bool:
     rows, example = measure_decoding(model.eval(), prompts)
     training = _training_summary(metrics, config)
     report = {
+        "bench": "demo",
         "model": dataclasses.asdict(MODEL),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(device),
         "training": training,
         "decoding": [dataclasses.asdict(row) for row in rows],
-        "machine": {
-            "platform": platform.platform(),
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "mtp_fast": mtp_fast.__version__,
-        },
+        "machine": machine(),
     }
     report_file.write_text(json.dumps(report, indent=2) + "\n")
     draw(metrics, rows, out / "report.png")

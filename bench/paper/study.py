@@ -34,7 +34,8 @@ from mtp_fast.training.data import Tokens
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from harness import machine, table  # noqa: E402
+from harness import machine  # noqa: E402
+from tables import table  # noqa: E402
 
 RESULTS, README = HERE / "results", HERE / "README.md"
 Report = dict[str, Any]  # what NAME.json holds; a study's own part is under "results"
