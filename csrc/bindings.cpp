@@ -117,7 +117,7 @@ FewRowLinearParams few_row_linear_params(int dtype, uintptr_t x, uintptr_t weigh
 DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_t dim,
                            int64_t ffn_dim, int64_t n_queries, int64_t n_keys, int64_t head_dim,
                            float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t capacity,
-                           int64_t slot_stride, int64_t batch, int64_t rows, uintptr_t start,
+                           int64_t sequence_stride, int64_t batch, int64_t rows, uintptr_t start,
                            uintptr_t x, uintptr_t last_input) {
   if (batch * rows > kMaxDecodeRows) {
     throw std::invalid_argument("batch * rows: expected at most " + std::to_string(kMaxDecodeRows) +
@@ -148,7 +148,7 @@ DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_
   p.n_keys = n_keys;
   p.head_dim = head_dim;
   p.capacity = capacity;
-  p.slot_stride = slot_stride;
+  p.sequence_stride = sequence_stride;
   p.norm_eps = norm_eps;
   p.dtype = static_cast<DType>(dtype);
   return p;

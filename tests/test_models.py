@@ -182,7 +182,7 @@ def test_any_trunk_can_take_the_place_of_ours():
 def test_cache_returns_what_was_written_where_it_was_written():
     cache = KVCache(2, 3, 10, 2, 4, torch.zeros(0))
     kv = torch.randn(2, 4, 4)
-    cache.write(1, torch.tensor([0 * 10 + 6, 2 * 10 + 1]), kv)
+    cache.write(1, torch.tensor([0, 2]), torch.tensor([6, 1]), kv)
     keys, values = cache.read(1, 7)
     assert keys.shape == values.shape == (3, 2, 7, 4)
     torch.testing.assert_close(keys[0, :, 6], kv[0, :2])

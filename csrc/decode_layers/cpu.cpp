@@ -13,7 +13,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
+#include <vector>
 
 #include "common/parallel.h"
 #include "decode_layers/params.h"
@@ -74,17 +75,17 @@ float exponentials(float* scores, int64_t n, float scale) {
   return sum.hsum();
 }
 
-// y (width) = factor * sum_t weights[t] * values[t]; row t of values is values + t * ld.
+// y (width) = factor * sum_t weights[t] * values[t], values (n, width).
 template <class T>
-void weighted_sum(const float* weights, int64_t n, const float* values, int64_t ld, int64_t width,
-                  float factor, T* y) {
+void weighted_sum(const float* weights, int64_t n, const float* values, int64_t width, float factor,
+                  T* y) {
   constexpr int kAtOnce = 4;
   int64_t i = 0;
   for (; i + kAtOnce * kLanes <= width; i += kAtOnce * kLanes) {
     Vec sums[kAtOnce] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
     for (int64_t t = 0; t < n; ++t) {
       const Vec w(weights[t]);
-      const float* v = values + t * ld + i;
+      const float* v = values + t * width + i;
       for (int k = 0; k < kAtOnce; ++k) sums[k] = fma(w, Vec::load(v + k * kLanes), sums[k]);
     }
     for (int k = 0; k < kAtOnce; ++k) (sums[k] * Vec(factor)).store(y + i + k * kLanes);
@@ -93,9 +94,37 @@ void weighted_sum(const float* weights, int64_t n, const float* values, int64_t 
     const int64_t lanes = std::min(kLanes, width - i);
     Vec sum(0.0f);
     for (int64_t t = 0; t < n; ++t) {
-      sum = fma(Vec(weights[t]), Vec::load(values + t * ld + i, lanes, Vec(0.0f)), sum);
+      sum = fma(Vec(weights[t]), Vec::load(values + t * width + i, lanes, Vec(0.0f)), sum);
     }
     (sum * Vec(factor)).store(y + i, lanes);
+  }
+}
+
+// Scratch that starts on a cache line, so that a vector of it never lies in two.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * n, std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* const data_;
+};
+
+// y (n) = silu(gate) * up.
+template <class T>
+void gated(const float* gate, const float* up, int64_t n, T* y) {
+  const Vec one(1.0f), zero(0.0f);
+  const auto product = [&](Vec g, Vec u) { return g * u / (one + exp(-g)); };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    product(Vec::load(gate + i), Vec::load(up + i)).store(y + i);
+  }
+  if (const int64_t rest = n - i; rest > 0) {
+    product(Vec::load(gate + i, rest, zero), Vec::load(up + i, rest, zero)).store(y + i, rest);
   }
 }
 
@@ -110,13 +139,21 @@ class Step {
         rows_(params.batch * params.rows),
         width_(params.n_queries * params.head_dim),
         reach_(*std::max_element(params.start, params.start + params.batch) + params.rows),
-        queries_(new float[groups * rows_ * width_]),
-        attended_(new T[groups * rows_ * width_]),
-        hidden_(new T[groups * rows_ * params.ffn_dim]),
-        normalized_(new T[threads * rows_ * params.dim]),
-        normalized_of_(new int64_t[threads]()),
-        head_(new float[threads * rows_ * params.head_dim]),
-        scores_(new float[threads * kOutputs * (reach_ + kRows)]) {}
+        queries_(groups * rows_ * width_),
+        attended_(groups * rows_ * width_),
+        hidden_(groups * rows_ * params.ffn_dim),
+        normalized_(threads * rows_ * params.dim),
+        normalized_of_(threads),
+        head_grain_(std::max<int64_t>(
+            outputs_per_piece((params.n_queries + 2 * params.n_keys) * params.head_dim, params.dim,
+                              threads) /
+                params.head_dim,
+            1)),
+        ffn_grain_((outputs_per_piece(2 * params.ffn_dim, params.dim, threads) / 2 + kLanes - 1) /
+                   kLanes * kLanes),
+        most_outputs_(std::max(head_grain_ * params.head_dim, ffn_grain_)),
+        products_(threads * 2 * rows_ * most_outputs_),
+        scores_(threads * params.rows * reach_) {}
 
   // x (groups, rows, dim), in place.
   void run(const DecodeBlock* blocks, float* x) {
@@ -168,18 +205,28 @@ class Step {
   void project(const DecodeBlock* blocks, const float* x, int64_t group_stride, int64_t first,
                int64_t last) {
     const int64_t size = p_.head_dim;
-    const int64_t grain =
-        std::max<int64_t>(outputs_per_piece((last - first) * size, p_.dim, threads_) / size, 1);
-    for_pieces(last - first, grain, [&](int64_t group, int64_t begin, int64_t end, int worker) {
-      const DecodeBlock& block = blocks[group];
-      const T* in = normalized(x + group * group_stride, block.attention_scale, group, worker);
-      float* head = head_.get() + worker * rows_ * size;
-      for (int64_t h = first + begin; h < first + end; ++h) {
-        products(in, rows_, static_cast<const T*>(block.qkv) + h * size * p_.dim, p_.dim, p_.dim, 0,
-                 size, [&](int64_t r, int64_t o, float value) { head[r * size + o] = value; });
-        for (int64_t r = 0; r < rows_; ++r) finish_head(block, group, h, r, head + r * size);
-      }
-    });
+    for_pieces(
+        last - first, head_grain_, [&](int64_t group, int64_t begin, int64_t end, int worker) {
+          const DecodeBlock& block = blocks[group];
+          const T* in = normalized(x + group * group_stride, block.attention_scale, group, worker);
+          const T* weight = static_cast<const T*>(block.qkv) + (first + begin) * size * p_.dim;
+          const int64_t width = (end - begin) * size;
+          float* y = multiply(in, weight, width, 0, worker);
+          for (int64_t r = 0; r < rows_; ++r) {
+            for (int64_t h = begin; h < end; ++h) {
+              finish_head(block, group, first + h, r, y + r * width + (h - begin) * size);
+            }
+          }
+        });
+  }
+
+  // The products of the rows `in` (rows, dim) with `count` rows of a weight: part `part` of the
+  // worker's scratch, (rows, count).
+  float* multiply(const T* in, const T* weight, int64_t count, int64_t part, int worker) {
+    float* y = products_.get() + (worker * 2 + part) * rows_ * most_outputs_;
+    products(in, p_.dim, rows_, weight, p_.dim, p_.dim, count,
+             [&](int64_t r, int64_t o, float value) { y[r * count + o] = value; });
+    return y;
   }
 
   // Bias, norm and rotation of attention head h of a row; then to its place.
@@ -191,21 +238,22 @@ class Step {
       for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
     }
     if (is_value) {
-      memcpy(block.values + slot(row) + value * size, x, sizeof(float) * size);
+      memcpy(block.values + place(row, value), x, sizeof(float) * size);
       return;
     }
     const float* scale = is_query ? block.query_scale : block.key_scale;
     if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
     float* y = is_query ? queries_.get() + (group * rows_ + row) * width_ + h * size
-                        : block.keys + slot(row) + key * size;
+                        : block.keys + place(row, key);
     const float* cosine = p_.rope + position(row) * 2 * size;
     const float* sine = cosine + size;
     for (int64_t i = 0; i < half; ++i) y[i] = x[i] * cosine[i] + x[half + i] * sine[i];
     for (int64_t i = half; i < size; ++i) y[i] = x[i] * cosine[i] + x[i - half] * sine[i];
   }
 
-  int64_t slot(int64_t row) const {
-    return (row / p_.rows * p_.capacity + position(row)) * p_.slot_stride;
+  // Where the cache has a row's key or value of attention head h.
+  int64_t place(int64_t row, int64_t h) const {
+    return row / p_.rows * p_.sequence_stride + (h * p_.capacity + position(row)) * p_.head_dim;
   }
 
   void finish(const DecodeBlock* blocks, float* x) {
@@ -218,14 +266,14 @@ class Step {
                });
     add_products(attended_.get(), width_, blocks, &DecodeBlock::out, x);
 
-    const int64_t grain =
-        (outputs_per_piece(2 * ffn, dim, threads_) / 2 + kLanes - 1) / kLanes * kLanes;
-    for_pieces(ffn, grain, [&](int64_t group, int64_t begin, int64_t end, int worker) {
+    for_pieces(ffn, ffn_grain_, [&](int64_t group, int64_t begin, int64_t end, int worker) {
       const T* in = normalized(x + group * rows_ * dim, blocks[group].ffn_scale, group, worker);
-      const T* gate = static_cast<const T*>(blocks[group].gate_up);
-      T* y = hidden_.get() + group * rows_ * ffn;
-      for (; begin < end; begin += kLanes) {
-        gated(in, gate, begin, std::min(kLanes, end - begin), y);
+      const T* gate = static_cast<const T*>(blocks[group].gate_up) + begin * dim;
+      const float* gates = multiply(in, gate, end - begin, 0, worker);
+      const float* ups = multiply(in, gate + ffn * dim, end - begin, 1, worker);
+      for (int64_t r = 0; r < rows_; ++r) {
+        gated(gates + r * (end - begin), ups + r * (end - begin), end - begin,
+              hidden_.get() + (group * rows_ + r) * ffn + begin);
       }
     });
     add_products(hidden_.get(), ffn, blocks, &DecodeBlock::down, x);
@@ -233,48 +281,21 @@ class Step {
 
   // Attention head h of all of a sequence's new rows.
   void attend(const DecodeBlock& block, int64_t group, int64_t sequence, int64_t h, int worker) {
-    const int64_t size = p_.head_dim, ld = p_.slot_stride, pitch = reach_ + kRows;
-    const int64_t offset = sequence * p_.capacity * ld + h / (p_.n_queries / p_.n_keys) * size;
+    const int64_t size = p_.head_dim;
+    const int64_t offset =
+        sequence * p_.sequence_stride + h / (p_.n_queries / p_.n_keys) * p_.capacity * size;
     const float *keys = block.keys + offset, *values = block.values + offset;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    float* scores = scores_.get() + worker * kOutputs * pitch;
-    for (int64_t s = 0; s < p_.rows; s += kOutputs) {
-      const int64_t count = std::min<int64_t>(kOutputs, p_.rows - s);
-      const int64_t row = (group * p_.batch + sequence) * p_.rows + s;
-      const float* query = queries_.get() + row * width_ + h * size;
-      const int64_t seen = p_.start[sequence] + s + count;  // slots that the last of them sees
-      for_row_tiles(seen, [&](int64_t t, auto tile) {
-        float sums[kOutputs][kRows];
-        dots<tile>(keys + t * ld, ld, {query, count == 1 ? query : query + width_}, size, sums);
-        for (int64_t j = 0; j < count; ++j) memcpy(scores + j * pitch + t, sums[j], sizeof sums[j]);
-      });
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t n = seen - count + 1 + j;
-        const float sum = exponentials(scores + j * pitch, n, scale);
-        weighted_sum(scores + j * pitch, n, values, ld, size, 1.0f / sum,
-                     attended_.get() + (row + j) * width_ + h * size);
-      }
-    }
-  }
-
-  // Units [o, o + count), at most kLanes, of the feed-forward's hidden layer: y[., o] and on.
-  void gated(const T* x, const T* gate_up, int64_t o, int64_t count, T* y) {
-    const int64_t dim = p_.dim, ffn = p_.ffn_dim;
-    float gates[kMaxDecodeRows][kLanes] = {}, ups[kMaxDecodeRows][kLanes] = {};
-    for_row_tiles(rows_, [&](int64_t row, auto tile) {
-      for (int64_t j = 0; j < count; ++j) {
-        const T* gate = gate_up + (o + j) * dim;
-        float sums[kOutputs][kRows];
-        dots<tile>(x + row * dim, dim, {gate, gate + ffn * dim}, dim, sums);
-        for (int r = 0; r < tile; ++r) {
-          gates[row + r][j] = sums[0][r];
-          ups[row + r][j] = sums[1][r];
-        }
-      }
-    });
-    for (int64_t r = 0; r < rows_; ++r) {
-      const Vec gate = Vec::load(gates[r]), up = Vec::load(ups[r]);
-      (gate * up / (Vec(1.0f) + exp(-gate))).store(y + r * ffn + o, count);
+    const int64_t row = (group * p_.batch + sequence) * p_.rows;
+    const int64_t seen = p_.start[sequence] + p_.rows;  // positions that the last row sees
+    float* scores = scores_.get() + worker * p_.rows * reach_;
+    products(queries_.get() + row * width_ + h * size, width_, p_.rows, keys, size, size, seen,
+             [&](int64_t r, int64_t t, float value) { scores[r * seen + t] = value; });
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      const int64_t n = seen - p_.rows + 1 + r;
+      const float sum = exponentials(scores + r * seen, n, scale);
+      weighted_sum(scores + r * seen, n, values, size, 1.0f / sum,
+                   attended_.get() + (row + r) * width_ + h * size);
     }
   }
 
@@ -284,9 +305,9 @@ class Step {
     const int64_t dim = p_.dim;
     for_pieces(dim, outputs_per_piece(dim, n, threads_),
                [&](int64_t group, int64_t begin, int64_t end, int) {
-                 float* y = x + group * rows_ * dim;
-                 products(in + group * rows_ * n, rows_,
-                          static_cast<const T*>(blocks[group].*weight), n, n, begin, end,
+                 float* y = x + group * rows_ * dim + begin;
+                 const T* w = static_cast<const T*>(blocks[group].*weight) + begin * n;
+                 products(in + group * rows_ * n, n, rows_, w, n, n, end - begin,
                           [&](int64_t r, int64_t o, float value) { y[r * dim + o] += value; });
                });
   }
@@ -296,13 +317,15 @@ class Step {
   const int64_t groups_, rows_, width_;
   const int64_t reach_;  // slots that any row sees, at most
   int64_t round_ = 0;
-  const std::unique_ptr<float[]> queries_;          // (groups, rows, n_queries, head_dim)
-  const std::unique_ptr<T[]> attended_;             // likewise
-  const std::unique_ptr<T[]> hidden_;               // (groups, rows, ffn_dim)
-  const std::unique_ptr<T[]> normalized_;           // (threads, rows, dim)
-  const std::unique_ptr<int64_t[]> normalized_of_;  // (threads): which round and group that is
-  const std::unique_ptr<float[]> head_;             // (threads, rows, head_dim)
-  const std::unique_ptr<float[]> scores_;           // (threads, kOutputs, reach + kRows)
+  const Scratch<float> queries_;          // (groups, rows, n_queries, head_dim)
+  const Scratch<T> attended_;             // likewise
+  const Scratch<T> hidden_;               // (groups, rows, ffn_dim)
+  const Scratch<T> normalized_;           // (threads, rows, dim)
+  std::vector<int64_t> normalized_of_;    // (threads): which round and group that is
+  const int64_t head_grain_, ffn_grain_;  // attention heads, hidden units that are a piece
+  const int64_t most_outputs_;
+  const Scratch<float> products_;  // (threads, 2, rows, most_outputs)
+  const Scratch<float> scores_;    // (threads, rows of a sequence, reach)
 };
 
 void finish_rows(const DecodeParams& p, int64_t rows) {

@@ -22,8 +22,8 @@ struct DecodeBlock {
   const float* ffn_scale;        // (dim)
   const void* gate_up;           // (2 * ffn_dim, dim)
   const void* down;              // (dim, ffn_dim)
-  float* keys;                   // (n_keys, head_dim) of slot 0; the next slot is slot_stride on
-  float* values;                 // likewise
+  float* keys;                   // (n_keys, capacity, head_dim) of sequence 0; the next sequence
+  float* values;                 // is sequence_stride on. Values likewise
 };
 
 struct DecodeParams {
@@ -35,7 +35,7 @@ struct DecodeParams {
   float* last_input;  // (batch * rows, dim): decode_layers writes the last block's input here
   int64_t n_blocks, batch, rows;  // rows: new ones of each sequence
   int64_t dim, ffn_dim, n_queries, n_keys, head_dim;
-  int64_t capacity, slot_stride;  // slots of a sequence in the cache; floats from slot to slot
+  int64_t capacity, sequence_stride;  // of the cache: positions, floats from sequence to sequence
   float norm_eps;
   DType dtype;  // of the weights
 };

@@ -10,12 +10,13 @@ void few_row_linear_run<SimdLevel::MTP_SIMD>(const FewRowLinearParams& p, int th
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    parallel_for(threads, p.out, outputs_per_piece(p.out, p.in, threads),
-                 [&](int64_t begin, int64_t end) {
-                   products(static_cast<const T*>(p.x), p.rows, static_cast<const T*>(p.weight),
-                            p.weight_ld, p.in, begin, end,
-                            [&](int64_t r, int64_t o, float value) { p.y[r * p.out + o] = value; });
-                 });
+    parallel_for(
+        threads, p.out, outputs_per_piece(p.out, p.in, threads), [&](int64_t begin, int64_t end) {
+          const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_ld;
+          float* y = p.y + begin;
+          products(static_cast<const T*>(p.x), p.in, p.rows, weight, p.weight_ld, p.in, end - begin,
+                   [&](int64_t r, int64_t o, float value) { y[r * p.out + o] = value; });
+        });
   });
 }
 

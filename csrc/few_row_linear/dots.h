@@ -1,9 +1,10 @@
 // Scalar products of a few rows with many, the work of a decode step: the many (a weight's rows, or
-// cached keys) are read once, the few stay in the nearest cache. With AVX512_BF16 the bfloat16
-// products are the processor's own pair products; everywhere else they are float32. A row's sums
-// are made in one order whatever stands beside it.
+// cached keys) are read once from memory, the few stay in the nearest cache. With AVX512_BF16 the
+// bfloat16 products are the processor's own pair products; everywhere else they are float32. A
+// row's sums are made in one order whatever stands beside it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -13,69 +14,61 @@
 namespace mtp {
 namespace MTP_SIMD {
 
-constexpr int kRows = 8;     // of x at once
-constexpr int kOutputs = 2;  // rows of the weight at once
+constexpr int kOutputs = 3;                       // rows of the weight at once
+constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
 
 // sums[r] = the lanes of a[r] added up, in an order that does not depend on R.
-#if defined(__AVX512F__)
-
 template <int R>
-inline void sums_of_lanes(const Vec (&a)[R], float* sums) {
+__attribute__((always_inline)) inline void sums_of_lanes(const Vec (&a)[R], float (&sums)[kRows]) {
+#if defined(__AVX512F__)
   const auto at = [&](int r) { return r < R ? a[r % R].v : _mm512_setzero_ps(); };
   const auto pairs = [](__m512 p, __m512 q) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q)));
   };
-  const auto fours = [](__m512 p, __m512 q) {
-    const __m512d x = _mm512_castps_pd(p), y = _mm512_castps_pd(q);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  };
-  const __m512 low = fours(pairs(at(0), at(1)), pairs(at(2), at(3)));
-  const __m512 high = fours(pairs(at(4), at(5)), pairs(at(6), at(7)));
-  __m512 all =
-      _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xee));
-  all = _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, 0xb1));
-  _mm_storeu_ps(sums, _mm512_castps512_ps128(all));
-  _mm_storeu_ps(sums + 4, _mm512_extractf32x4_ps(all, 2));
-}
-
+  for (int r = 0; r < R; r += 4) {
+    const __m512d p = pairs(at(r), at(r + 1)), q = pairs(at(r + 2), at(r + 3));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(sums + r, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+  }
 #else
-
-template <int R>
-inline void sums_of_lanes(const Vec (&a)[R], float* sums) {
   for (int r = 0; r < R; ++r) sums[r] = a[r].hsum();
+#endif
 }
 
-#endif
-
-// The weight's rows lie one behind the other, so this is what comes next of them. The processor's
-// own prefetching does not run far enough ahead to load while several rows are computed.
+// What comes next of the weight's rows: the processor's own prefetching does not run far enough
+// ahead to load while several rows are computed.
 template <class T>
 inline void prefetch(const T* const (&w)[kOutputs], int64_t i) {
-  constexpr int64_t kAhead = 8192 / sizeof(T);
+  constexpr int64_t kAhead = 1024 / sizeof(T);
   for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(w[j] + i + kAhead);
 }
 
-// sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack: accumulators whose index
-// is a loop's variable would be kept in memory.
+// sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack, and what is handed on at
+// the end is a copy: accumulators with an index that varies, or an address, would live in memory.
 template <class T, int... r>
 inline void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
                        float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
-  Vec a[sizeof...(r)] = {}, b[sizeof...(r)] = {}, v;
+  const Vec zero(0.0f);
+  Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
+  ((a[r] = b[r] = c[r] = zero), ...);
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
+    const Vec w0 = load(w[0]), w1 = load(w[1]), w2 = load(w[2]);
+    Vec v;
+    ((v = load(x + r * ld), a[r] = fma(w0, v, a[r]), b[r] = fma(w1, v, b[r]),
+      c[r] = fma(w2, v, c[r])),
+     ...);
+  };
   int64_t i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
     prefetch(w, i);
-    const Vec w0 = Vec::load(w[0] + i), w1 = Vec::load(w[1] + i);
-    ((v = Vec::load(x + r * ld + i), a[r] = fma(w0, v, a[r]), b[r] = fma(w1, v, b[r])), ...);
+    add([&](const T* p) { return Vec::load(p + i); });
   }
-  if (const int64_t rest = n - i; rest > 0) {
-    const Vec zero(0.0f);
-    const Vec w0 = Vec::load(w[0] + i, rest, zero), w1 = Vec::load(w[1] + i, rest, zero);
-    ((v = Vec::load(x + r * ld + i, rest, zero), a[r] = fma(w0, v, a[r]), b[r] = fma(w1, v, b[r])),
-     ...);
-  }
-  sums_of_lanes(a, sums[0]);
-  sums_of_lanes(b, sums[1]);
+  if (i < n) add([&](const T* p) { return Vec::load(p + i, n - i, zero); });
+  sums_of_lanes({a[r]...}, sums[0]);
+  sums_of_lanes({b[r]...}, sums[1]);
+  sums_of_lanes({c[r]...}, sums[2]);
 }
 
 #if defined(__AVX512F__)
@@ -84,19 +77,29 @@ template <int... r>
 __attribute__((target("avx512bf16"))) inline void bfloat16_dots(
     const BFloat16* x, int64_t ld, const BFloat16* const (&w)[kOutputs], int64_t n,
     float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
-  Vec a[sizeof...(r)] = {}, b[sizeof...(r)] = {};
-  __m512bh v;
-  for (int64_t i = 0; i < n; i += 32) {
-    prefetch(w, i);
-    const __mmask32 here = n - i >= 32 ? ~0u : (1u << (n - i)) - 1u;
-    const auto w0 = (__m512bh)_mm512_maskz_loadu_epi16(here, w[0] + i);
-    const auto w1 = (__m512bh)_mm512_maskz_loadu_epi16(here, w[1] + i);
-    ((v = (__m512bh)_mm512_maskz_loadu_epi16(here, x + r * ld + i),
-      a[r] = _mm512_dpbf16_ps(a[r].v, w0, v), b[r] = _mm512_dpbf16_ps(b[r].v, w1, v)),
+  constexpr int64_t kPairs = 2 * Vec::kLanes;
+  const Vec zero(0.0f);
+  Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
+  ((a[r] = b[r] = c[r] = zero), ...);
+  const auto add = [&](const auto& load) __attribute__((target("avx512bf16"), always_inline)) {
+    const __m512bh w0 = load(w[0]), w1 = load(w[1]), w2 = load(w[2]);
+    __m512bh v;
+    ((v = load(x + r * ld), a[r] = _mm512_dpbf16_ps(a[r].v, w0, v),
+      b[r] = _mm512_dpbf16_ps(b[r].v, w1, v), c[r] = _mm512_dpbf16_ps(c[r].v, w2, v)),
      ...);
+  };
+  int64_t i = 0;
+  for (; i + kPairs <= n; i += kPairs) {
+    prefetch(w, i);
+    add([&](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p + i); });
   }
-  sums_of_lanes(a, sums[0]);
-  sums_of_lanes(b, sums[1]);
+  if (i < n) {
+    const __mmask32 rest = (1u << (n - i)) - 1u;
+    add([&](const BFloat16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(rest, p + i); });
+  }
+  sums_of_lanes({a[r]...}, sums[0]);
+  sums_of_lanes({b[r]...}, sums[1]);
+  sums_of_lanes({c[r]...}, sums[2]);
 }
 
 inline bool has_bfloat16_dots() {
@@ -118,54 +121,35 @@ inline void dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t 
   float_dots(x, ld, w, n, sums, rows);
 }
 
-// Calls f(first, count) for tiles of up to kRows rows, `count` as a constant.
-template <class F>
-inline void for_row_tiles(int64_t rows, const F& f) {
-  for (int64_t first = 0; first < rows; first += kRows) {
-    switch (rows - first) {
-      case 1:
-        f(first, std::integral_constant<int, 1>{});
-        break;
-      case 2:
-        f(first, std::integral_constant<int, 2>{});
-        break;
-      case 3:
-        f(first, std::integral_constant<int, 3>{});
-        break;
-      case 4:
-        f(first, std::integral_constant<int, 4>{});
-        break;
-      case 5:
-        f(first, std::integral_constant<int, 5>{});
-        break;
-      case 6:
-        f(first, std::integral_constant<int, 6>{});
-        break;
-      case 7:
-        f(first, std::integral_constant<int, 7>{});
-        break;
-      default:
-        f(first, std::integral_constant<int, kRows>{});
-    }
-  }
+template <class F, int... r>
+inline void with_rows(int64_t rows, const F& f, std::integer_sequence<int, r...>) {
+  (void)((rows == r + 1 && (f(std::integral_constant<int, r + 1>{}), true)) || ...);
 }
 
-// Calls take(r, o, x[r] . weight[o]) for all rows of x and outputs [begin, end).
+// Calls take(r, o, x[r] . weight[o]) for all rows of x and outputs o < out; x and the weight have
+// rows of `in` elements at a distance of x_ld and weight_ld. The weight is read as kOutputs streams
+// side by side: one alone leaves the memory idle.
 template <class T, class F>
-inline void products(const T* x, int64_t rows, const T* weight, int64_t weight_ld, int64_t in,
-                     int64_t begin, int64_t end, const F& take) {
-  for_row_tiles(rows, [&](int64_t row, auto count) {
-    for (int64_t o = begin; o < end; o += kOutputs) {
-      const T* first = weight + o * weight_ld;
-      const bool both = o + 1 < end;
-      float sums[kOutputs][kRows];
-      dots<count>(x + row * in, in, {first, both ? first + weight_ld : first}, in, sums);
-      for (int r = 0; r < count; ++r) {
-        take(row + r, o, sums[0][r]);
-        if (both) take(row + r, o + 1, sums[1][r]);
-      }
+inline void products(const T* x, int64_t x_ld, int64_t rows, const T* weight, int64_t weight_ld,
+                     int64_t in, int64_t out, const F& take) {
+  const int64_t share = (out + kOutputs - 1) / kOutputs;
+  for (int64_t o = 0; o < share; ++o) {
+    const T* w[kOutputs];
+    for (int j = 0; j < kOutputs; ++j) {
+      w[j] = weight + (o + j * share < out ? o + j * share : o) * weight_ld;
     }
-  });
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const auto tile = [&](auto count) {
+        float sums[kOutputs][kRows];
+        dots<count>(x + row * x_ld, x_ld, w, in, sums);
+        for (int j = 0; j < kOutputs && o + j * share < out; ++j) {
+          for (int r = 0; r < count; ++r) take(row + r, o + j * share, sums[j][r]);
+        }
+      };
+      with_rows(std::min<int64_t>(kRows, rows - row), tile,
+                std::make_integer_sequence<int, kRows>{});
+    }
+  }
 }
 
 // Outputs of `in` products each that are worth handing to a thread: not too few, and four pieces a

@@ -61,7 +61,7 @@ class FewRowBlocks:
         self._final_scale = final_scale.float().contiguous()
         # What the table points to must live as long as it does.
         self._pointed_to = [
-            [*_weights(block), *cache.first_slot(*place)]
+            [*_weights(block), *cache.first_heads(*place)]
             for block, place in zip(blocks, places, strict=True)
         ]
         self._table = torch.tensor(
@@ -80,7 +80,7 @@ class FewRowBlocks:
             self._final_scale.data_ptr(),
             rope.data_ptr(),
             len(rope),
-            cache.slot_stride,
+            cache.sequence_stride,
         )
 
     def layers(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

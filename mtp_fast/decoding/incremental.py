@@ -81,16 +81,15 @@ class Rows:
         return self.start[:, None] + torch.arange(self.count, device=self.start.device)
 
     @cached_property
-    def slots(self) -> Tensor:
-        """(B * S,): the cache slots that the rows are written to."""
-        batch, capacity = len(self.start), len(self._rope)
-        offsets = torch.arange(batch, device=self.start.device)[:, None] * capacity
-        return (self._positions + offsets).flatten()
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(B * S,) each: the sequence and the position of every row."""
+        sequences = torch.arange(len(self.start), device=self.start.device)
+        return sequences.repeat_interleave(self.count), self._positions.flatten()
 
     @cached_property
     def rope(self) -> Tensor:
         """(B * S, 2, 1, head_dim): their rotations."""
-        return self._rope[self._positions.flatten()]
+        return self._rope[self.places[1]]
 
     @cached_property
     def mask(self) -> Tensor:
@@ -239,7 +238,7 @@ class IncrementalModel:
             q = norm_heads(q, attention.q_norm.weight, self._config)
             qkv = torch.cat([q, norm_heads(k, attention.k_norm.weight, self._config), v], 1)
         qkv = apply_rope(qkv, rope)
-        self._cache.write(layer, rows.slots, qkv[:, n_q:])
+        self._cache.write(layer, *rows.places, qkv[:, n_q:])
         k, v = self._cache.read(layer, rows.mask.shape[-1])
         q = qkv[:, :n_q].reshape(self._batch, -1, n_q, self._config.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, enable_gqa=True)
@@ -289,7 +288,7 @@ class _DraftHeads:
             k, v = kv.chunk(2, 1)
             kv = torch.cat([norm_heads(k, self._k_norm, self._config), v], 1)
         rope = _rope_for(rows.rope, self._n_kv, self._n_kv)
-        self.cache.write(0, rows.slots, apply_rope(kv, rope))
+        self.cache.write(0, *rows.places, apply_rope(kv, rope))
 
     def read(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the heads' outputs (H, B, dim)."""

@@ -20,8 +20,8 @@ class KVCache:
 
     Attributes
     ----------
-    slot_stride : int
-        Elements from a slot to the next one.
+    sequence_stride : int
+        Elements from a sequence to the next one.
     """
 
     def __init__(
@@ -34,23 +34,21 @@ class KVCache:
         like: Tensor,
     ) -> None:
         # Zeros, not empty: a NaN at a masked position would survive attention as 0 * NaN.
-        self._storage = like.new_zeros(n_layers, batch, capacity, 2, n_kv_heads, head_dim)
-        self._rows = [layer.flatten(2, 3).flatten(0, 1) for layer in self._storage]
-        self.slot_stride = 2 * n_kv_heads * head_dim
+        # A head's positions lie one behind the other: attention reads them as one stream.
+        self._storage = like.new_zeros(n_layers, batch, 2, n_kv_heads, capacity, head_dim)
+        self._heads = [layer.flatten(1, 2) for layer in self._storage]
+        self.sequence_stride = 2 * n_kv_heads * capacity * head_dim
 
-    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Store `kv` (R, 2 * n_kv_heads, head_dim), keys first, at `slots` (R,).
-
-        The slot of position t of sequence b is ``b * capacity + t``.
-        """
-        self._rows[layer].index_copy_(0, slots, kv)
+    def write(self, layer: int, sequence: Tensor, position: Tensor, kv: Tensor) -> None:
+        """Store `kv` (R, 2 * n_kv_heads, head_dim), keys first; row r is ``sequence[r]``'s."""
+        self._heads[layer][sequence, :, position] = kv
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, n_kv_heads, length, head_dim) of the first positions."""
-        k, v = self._storage[layer, :, :length].unbind(2)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        k, v = self._storage[layer, :, :, :, :length].unbind(1)
+        return k, v
 
-    def first_slot(self, layer: int, first_head: int = 0) -> tuple[Tensor, Tensor]:
-        """Return keys and values (heads, head_dim) in slot 0, of the heads from `first_head` on."""
-        k, v = self._storage[layer, 0, 0, :, first_head:]
+    def first_heads(self, layer: int, head: int = 0) -> tuple[Tensor, Tensor]:
+        """Return keys and values (heads, capacity, head_dim) of sequence 0, from `head` on."""
+        k, v = self._storage[layer, 0, :, head:]
         return k, v
