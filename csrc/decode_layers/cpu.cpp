@@ -1,4 +1,5 @@
-// The CPU kernel of a decode step's layers. A block is five rounds over the threads:
+// The CPU kernel of a decode step's layers. A block is five rounds of a team of threads
+// (common/rounds.h):
 //
 //   1. norm, products with qkv, bias, norm and rotation of each attention head; keys and values go
 //      to the cache
@@ -16,7 +17,7 @@
 #include <new>
 #include <vector>
 
-#include "common/parallel.h"
+#include "common/rounds.h"
 #include "decode_layers/params.h"
 #include "few_row_linear/dots.h"
 
@@ -155,46 +156,44 @@ class Step {
         products_(threads * 2 * rows_ * most_outputs_),
         scores_(threads * params.rows * reach_) {}
 
-  // x (groups, rows, dim), in place.
-  void run(const DecodeBlock* blocks, float* x) {
-    project(blocks, x, rows_ * p_.dim, 0, p_.n_queries + 2 * p_.n_keys);
-    finish(blocks, x);
+  // x (groups, rows, dim), in place: kRounds rounds.
+  static constexpr int64_t kRounds = 5;
+  void run(Worker& worker, const DecodeBlock* blocks, float* x) {
+    project(worker, blocks, x, rows_ * p_.dim, 0, p_.n_queries + 2 * p_.n_keys);
+    finish(worker, blocks, x);
   }
 
-  // x (rows, dim) of all groups.
-  void store_keys_values(const DecodeBlock* blocks, const float* x) {
-    project(blocks, x, 0, p_.n_queries, p_.n_queries + 2 * p_.n_keys);
+  // x (rows, dim) of all groups: one round.
+  void store_keys_values(Worker& worker, const DecodeBlock* blocks, const float* x) {
+    project(worker, blocks, x, 0, p_.n_queries, p_.n_queries + 2 * p_.n_keys);
   }
 
   // As run, where keys and values are stored.
-  void read(const DecodeBlock* blocks, float* x) {
-    project(blocks, x, rows_ * p_.dim, 0, p_.n_queries);
-    finish(blocks, x);
+  void read(Worker& worker, const DecodeBlock* blocks, float* x) {
+    project(worker, blocks, x, rows_ * p_.dim, 0, p_.n_queries);
+    finish(worker, blocks, x);
   }
 
  private:
-  // Calls f(group, begin, end, worker) for pieces of each group's `n`.
+  // One round: calls f(group, begin, end) for pieces of each group's `n`.
   template <class F>
-  void for_pieces(int64_t n, int64_t grain, const F& f) {
+  void for_pieces(Worker& worker, int64_t n, int64_t grain, const F& f) {
     const int64_t pieces = (n + grain - 1) / grain;
-    ++round_;
-    parallel_for(threads_, groups_ * pieces, 1, [&](int64_t i, int64_t end, int worker) {
-      for (; i < end; ++i) {
-        const int64_t begin = i % pieces * grain;
-        f(i / pieces, begin, std::min(begin + grain, n), worker);
-      }
+    worker.round(groups_ * pieces, [&](int64_t i) {
+      const int64_t begin = i % pieces * grain;
+      f(i / pieces, begin, std::min(begin + grain, n));
     });
   }
 
   // The rows of a group, normalised: made at the worker's first piece of the group.
-  const T* normalized(const float* x, const float* scale, int64_t group, int worker) {
-    T* y = normalized_.get() + worker * rows_ * p_.dim;
-    const int64_t key = round_ * groups_ + group;
-    if (normalized_of_[worker] != key) {
+  const T* normalized(const Worker& worker, const float* x, const float* scale, int64_t group) {
+    T* y = normalized_.get() + worker.index() * rows_ * p_.dim;
+    const int64_t key = worker.rounds_begun() * groups_ + group;
+    if (normalized_of_[worker.index()] != key) {
       for (int64_t r = 0; r < rows_; ++r) {
         normalize(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * p_.dim);
       }
-      normalized_of_[worker] = key;
+      normalized_of_[worker.index()] = key;
     }
     return y;
   }
@@ -202,28 +201,27 @@ class Step {
   int64_t position(int64_t row) const { return p_.start[row / p_.rows] + row % p_.rows; }
 
   // Attention heads [first, last) of queries, keys and values, in this order, of each group.
-  void project(const DecodeBlock* blocks, const float* x, int64_t group_stride, int64_t first,
-               int64_t last) {
+  void project(Worker& worker, const DecodeBlock* blocks, const float* x, int64_t group_stride,
+               int64_t first, int64_t last) {
     const int64_t size = p_.head_dim;
-    for_pieces(
-        last - first, head_grain_, [&](int64_t group, int64_t begin, int64_t end, int worker) {
-          const DecodeBlock& block = blocks[group];
-          const T* in = normalized(x + group * group_stride, block.attention_scale, group, worker);
-          const T* weight = static_cast<const T*>(block.qkv) + (first + begin) * size * p_.dim;
-          const int64_t width = (end - begin) * size;
-          float* y = multiply(in, weight, width, 0, worker);
-          for (int64_t r = 0; r < rows_; ++r) {
-            for (int64_t h = begin; h < end; ++h) {
-              finish_head(block, group, first + h, r, y + r * width + (h - begin) * size);
-            }
-          }
-        });
+    for_pieces(worker, last - first, head_grain_, [&](int64_t group, int64_t begin, int64_t end) {
+      const DecodeBlock& block = blocks[group];
+      const T* in = normalized(worker, x + group * group_stride, block.attention_scale, group);
+      const T* weight = static_cast<const T*>(block.qkv) + (first + begin) * size * p_.dim;
+      const int64_t width = (end - begin) * size;
+      float* y = multiply(worker, in, weight, width, 0);
+      for (int64_t r = 0; r < rows_; ++r) {
+        for (int64_t h = begin; h < end; ++h) {
+          finish_head(block, group, first + h, r, y + r * width + (h - begin) * size);
+        }
+      }
+    });
   }
 
   // The products of the rows `in` (rows, dim) with `count` rows of a weight: part `part` of the
   // worker's scratch, (rows, count).
-  float* multiply(const T* in, const T* weight, int64_t count, int64_t part, int worker) {
-    float* y = products_.get() + (worker * 2 + part) * rows_ * most_outputs_;
+  float* multiply(const Worker& worker, const T* in, const T* weight, int64_t count, int64_t part) {
+    float* y = products_.get() + (worker.index() * 2 + part) * rows_ * most_outputs_;
     products(in, p_.dim, rows_, weight, p_.dim, p_.dim, count,
              [&](int64_t r, int64_t o, float value) { y[r * count + o] = value; });
     return y;
@@ -256,31 +254,29 @@ class Step {
     return row / p_.rows * p_.sequence_stride + (h * p_.capacity + position(row)) * p_.head_dim;
   }
 
-  void finish(const DecodeBlock* blocks, float* x) {
+  void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
     const int64_t dim = p_.dim, ffn = p_.ffn_dim;
-    for_pieces(p_.batch * p_.n_queries, 1,
-               [&](int64_t group, int64_t begin, int64_t end, int worker) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   attend(blocks[group], group, i / p_.n_queries, i % p_.n_queries, worker);
-                 }
-               });
-    add_products(attended_.get(), width_, blocks, &DecodeBlock::out, x);
+    for_pieces(worker, p_.batch * p_.n_queries, 1, [&](int64_t group, int64_t i, int64_t) {
+      attend(worker, blocks[group], group, i / p_.n_queries, i % p_.n_queries);
+    });
+    add_products(worker, attended_.get(), width_, blocks, &DecodeBlock::out, x);
 
-    for_pieces(ffn, ffn_grain_, [&](int64_t group, int64_t begin, int64_t end, int worker) {
-      const T* in = normalized(x + group * rows_ * dim, blocks[group].ffn_scale, group, worker);
+    for_pieces(worker, ffn, ffn_grain_, [&](int64_t group, int64_t begin, int64_t end) {
+      const T* in = normalized(worker, x + group * rows_ * dim, blocks[group].ffn_scale, group);
       const T* gate = static_cast<const T*>(blocks[group].gate_up) + begin * dim;
-      const float* gates = multiply(in, gate, end - begin, 0, worker);
-      const float* ups = multiply(in, gate + ffn * dim, end - begin, 1, worker);
+      const float* gates = multiply(worker, in, gate, end - begin, 0);
+      const float* ups = multiply(worker, in, gate + ffn * dim, end - begin, 1);
       for (int64_t r = 0; r < rows_; ++r) {
         gated(gates + r * (end - begin), ups + r * (end - begin), end - begin,
               hidden_.get() + (group * rows_ + r) * ffn + begin);
       }
     });
-    add_products(hidden_.get(), ffn, blocks, &DecodeBlock::down, x);
+    add_products(worker, hidden_.get(), ffn, blocks, &DecodeBlock::down, x);
   }
 
   // Attention head h of all of a sequence's new rows.
-  void attend(const DecodeBlock& block, int64_t group, int64_t sequence, int64_t h, int worker) {
+  void attend(const Worker& worker, const DecodeBlock& block, int64_t group, int64_t sequence,
+              int64_t h) {
     const int64_t size = p_.head_dim;
     const int64_t offset =
         sequence * p_.sequence_stride + h / (p_.n_queries / p_.n_keys) * p_.capacity * size;
@@ -288,7 +284,7 @@ class Step {
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     const int64_t row = (group * p_.batch + sequence) * p_.rows;
     const int64_t seen = p_.start[sequence] + p_.rows;  // positions that the last row sees
-    float* scores = scores_.get() + worker * p_.rows * reach_;
+    float* scores = scores_.get() + worker.index() * p_.rows * reach_;
     products(queries_.get() + row * width_ + h * size, width_, p_.rows, keys, size, size, seen,
              [&](int64_t r, int64_t t, float value) { scores[r * seen + t] = value; });
     for (int64_t r = 0; r < p_.rows; ++r) {
@@ -300,11 +296,11 @@ class Step {
   }
 
   // x += in (groups, rows, n) @ weight.T
-  void add_products(const T* in, int64_t n, const DecodeBlock* blocks,
+  void add_products(Worker& worker, const T* in, int64_t n, const DecodeBlock* blocks,
                     const void* DecodeBlock::* weight, float* x) {
     const int64_t dim = p_.dim;
-    for_pieces(dim, outputs_per_piece(dim, n, threads_),
-               [&](int64_t group, int64_t begin, int64_t end, int) {
+    for_pieces(worker, dim, outputs_per_piece(dim, n, threads_),
+               [&](int64_t group, int64_t begin, int64_t end) {
                  float* y = x + group * rows_ * dim + begin;
                  const T* w = static_cast<const T*>(blocks[group].*weight) + begin * n;
                  products(in + group * rows_ * n, n, rows_, w, n, n, end - begin,
@@ -315,8 +311,7 @@ class Step {
   const DecodeParams& p_;
   const int threads_;
   const int64_t groups_, rows_, width_;
-  const int64_t reach_;  // slots that any row sees, at most
-  int64_t round_ = 0;
+  const int64_t reach_;                   // slots that any row sees, at most
   const Scratch<float> queries_;          // (groups, rows, n_queries, head_dim)
   const Scratch<T> attended_;             // likewise
   const Scratch<T> hidden_;               // (groups, rows, ffn_dim)
@@ -328,11 +323,12 @@ class Step {
   const Scratch<float> scores_;    // (threads, rows of a sequence, reach)
 };
 
-void finish_rows(const DecodeParams& p, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) {
+// The final norm of x (rows, dim): one round.
+void finish_rows(Worker& worker, const DecodeParams& p, int64_t rows) {
+  worker.round(rows, [&](int64_t r) {
     float* x = p.x + r * p.dim;
     normalize(x, p.final_scale, p.dim, p.norm_eps, x);
-  }
+  });
 }
 
 }  // namespace
@@ -342,13 +338,19 @@ template <>
 void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
-    Step<decltype(storage)> step(p, threads, 1);
+    using Blocks = Step<decltype(storage)>;
     const int64_t rows = p.batch * p.rows;
-    for (int64_t i = 0; i < p.n_blocks; ++i) {
-      if (i + 1 == p.n_blocks) memcpy(p.last_input, p.x, sizeof(float) * rows * p.dim);
-      step.run(p.blocks + i, p.x);
-    }
-    finish_rows(p, rows);
+    Blocks step(p, threads, 1);
+    run_rounds(threads, p.n_blocks * Blocks::kRounds + 2, [&](Worker& worker) {
+      for (int64_t i = 0; i < p.n_blocks; ++i) {
+        if (i + 1 == p.n_blocks) {
+          worker.round(1,
+                       [&](int64_t) { memcpy(p.last_input, p.x, sizeof(float) * rows * p.dim); });
+        }
+        step.run(worker, p.blocks + i, p.x);
+      }
+      finish_rows(worker, p, rows);
+    });
   });
 }
 
@@ -356,7 +358,8 @@ template <>
 void decode_keys_values_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
-    Step<decltype(storage)>(p, threads, p.n_blocks).store_keys_values(p.blocks, p.x);
+    Step<decltype(storage)> step(p, threads, p.n_blocks);
+    run_rounds(threads, 1, [&](Worker& worker) { step.store_keys_values(worker, p.blocks, p.x); });
   });
 }
 
@@ -364,8 +367,12 @@ template <>
 void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
-    Step<decltype(storage)>(p, threads, p.n_blocks).read(p.blocks, p.x);
-    finish_rows(p, p.n_blocks * p.batch);
+    using Blocks = Step<decltype(storage)>;
+    Blocks step(p, threads, p.n_blocks);
+    run_rounds(threads, Blocks::kRounds + 1, [&](Worker& worker) {
+      step.read(worker, p.blocks, p.x);
+      finish_rows(worker, p, p.n_blocks * p.batch);
+    });
   });
 }
 

@@ -37,12 +37,12 @@ __attribute__((always_inline)) inline void sums_of_lanes(const Vec (&a)[R], floa
 #endif
 }
 
-// What comes next of the weight's rows: the processor's own prefetching does not run far enough
-// ahead to load while several rows are computed.
+// What comes next of the weight's rows, into the second-level cache: the processor's own
+// prefetching does not run far enough ahead to load while several rows are computed.
 template <class T>
 inline void prefetch(const T* const (&w)[kOutputs], int64_t i) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);
-  for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(w[j] + i + kAhead);
+  constexpr int64_t kAhead = 4096 / sizeof(T);
+  for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(w[j] + i + kAhead, 0, 2);
 }
 
 // sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack, and what is handed on at
@@ -152,11 +152,11 @@ inline void products(const T* x, int64_t x_ld, int64_t rows, const T* weight, in
   }
 }
 
-// Outputs of `in` products each that are worth handing to a thread: not too few, and four pieces a
-// thread, so that one that is disturbed leaves its share to the others.
+// Outputs of `in` products each that are worth handing to a thread: not too few, and two pieces a
+// thread, so that one that is disturbed leaves some of its share to the others.
 inline int64_t outputs_per_piece(int64_t out, int64_t in, int threads) {
   constexpr int64_t kSmallest = 16384;
-  const int64_t pieces = out / (4 * int64_t{threads});
+  const int64_t pieces = out / (2 * int64_t{threads});
   const int64_t smallest = kSmallest / (in > 0 ? in : 1);
   const int64_t grain = pieces > smallest ? pieces : smallest;
   return grain + kOutputs - grain % kOutputs;
