@@ -1,12 +1,13 @@
 """The ops on a GPU: against a measured copy and GEMM ceiling, eager PyTorch and the peers.
 
-The row kernel moves 2 s V bytes a row (one read and one write of V logits of s bytes); its ceiling
-is a device copy of as many bytes. The linear loss makes 6 N d V FLOPs; its ceiling is the three
-GEMMs alone. The acceptance step reads each judged row once from memory; its ceiling is torch's
-maximum of the same bytes, and it is timed as a replayed CUDA graph too. Writes JSON to the path in
-the first argument.
+The row kernels move 2 s V bytes a row (one read and one write of V logits of s bytes), s V without
+a gradient; their ceiling is a device copy. The linear loss makes 6 N d V FLOPs; its ceiling is the
+three GEMMs alone. The acceptance step reads each judged row once from memory; its ceiling is
+torch's maximum of the same bytes, and it is timed as a replayed CUDA graph too. Writes JSON to the
+path in the first argument.
 """
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 import bench_acceptance
 import mtp_fast
 from mtp_fast.ops import reference
+from mtp_fast.ops._loss_arguments import RowTerms
+from mtp_fast.ops.cross_entropy import allocate_rows, allocate_stats, run_rows
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:
@@ -39,18 +42,26 @@ def milliseconds(run: Callable[[], Any], repeats: int = 15) -> float:
 def row_kernel(rows: int, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
     target = torch.randint(vocab, (rows,), device="cuda")
-    upstream = torch.ones(rows, device="cuda")
-    options = (None, None, -100, 0.0, 0.0, 0.0)
+    outputs, stats = allocate_rows(logits), allocate_stats(logits)
+    call = functools.partial(
+        run_rows,
+        logits,
+        target,
+        RowTerms(ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0),
+        row_weight=None,
+        class_weight=None,
+        class_weight_sum=None,
+    )
     copy = torch.empty_like(logits)
-    moved = 2 * logits.nbytes
+    size = logits.nbytes
     runs = {
-        "copy": lambda: copy.copy_(logits),
-        "ours": lambda: torch.ops.mtp_fast.cross_entropy_backward_(
-            upstream, logits, target, *options
-        ),
+        "copy": (2 * size, lambda: copy.copy_(logits)),
+        "ours, statistics": (size, lambda: call(results=outputs, stats=stats)),
+        "ours, gradient from them": (2 * size, lambda: call(grad=logits, saved=stats)),
+        "ours, both at once": (2 * size, lambda: call(grad=logits, results=outputs)),
     }
     results = []
-    for name, run in runs.items():
+    for name, (moved, run) in runs.items():
         ms = milliseconds(run)
         results.append(
             {

@@ -30,7 +30,7 @@ else
   echo "gpu.sh: compute-sanitizer is not installed: memcheck and racecheck are left out" >&2
 fi
 if command -v ncu >/dev/null; then  # needs the right to read counters, which not every host gives
-  timeout 60 ncu --kernel-name regex:cross_entropy_kernel --launch-count 3 \
+  timeout 60 ncu --kernel-name 'regex:cross_entropy_(gradient_)?kernel' --launch-count 3 \
     --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum \
     python -m pytest -q -m cuda tests/test_cuda_cross_entropy.py -k vocab=128256 ||
     echo "gpu.sh: ncu did not run: its metrics are left out" >&2

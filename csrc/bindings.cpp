@@ -37,22 +37,26 @@ T* pointer(uintptr_t address) {
 CrossEntropyParams cross_entropy_params(int dtype, uintptr_t logits, int64_t ld, uintptr_t grad,
                                         int64_t grad_ld, int64_t rows, int64_t vocab,
                                         uintptr_t target, uintptr_t row_weight,
-                                        uintptr_t class_weight, uintptr_t grad_output,
-                                        uintptr_t workspace, uintptr_t loss, uintptr_t lse,
-                                        uintptr_t correct, int64_t ignore_index,
-                                        float label_smoothing, float z_loss, float softcap,
-                                        float class_weight_sum) {
+                                        uintptr_t class_weight, uintptr_t class_weight_sum,
+                                        uintptr_t grad_output, uintptr_t saved, uintptr_t workspace,
+                                        uintptr_t loss, uintptr_t lse, uintptr_t correct,
+                                        uintptr_t argmax, uintptr_t stats, int64_t ignore_index,
+                                        float label_smoothing, float z_loss, float softcap) {
   CrossEntropyParams p{};
   p.logits = pointer<const void>(logits);
   p.grad = pointer<void>(grad);
   p.target = pointer<const int64_t>(target);
   p.row_weight = pointer<const float>(row_weight);
   p.class_weight = pointer<const float>(class_weight);
+  p.class_weight_sum = pointer<const float>(class_weight_sum);
   p.grad_output = pointer<const float>(grad_output);
+  p.saved = pointer<const RowStats>(saved);
   p.workspace = pointer<float>(workspace);
   p.loss = pointer<float>(loss);
   p.lse = pointer<float>(lse);
   p.correct = pointer<bool>(correct);
+  p.argmax = pointer<int64_t>(argmax);
+  p.stats = pointer<RowStats>(stats);
   p.rows = rows;
   p.vocab = vocab;
   p.ld = ld;
@@ -61,7 +65,6 @@ CrossEntropyParams cross_entropy_params(int dtype, uintptr_t logits, int64_t ld,
   p.label_smoothing = label_smoothing;
   p.z_loss = z_loss;
   p.softcap = softcap;
-  p.class_weight_sum = class_weight_sum;
   p.dtype = static_cast<DType>(dtype);
   return p;
 }

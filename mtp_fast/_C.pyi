@@ -14,16 +14,19 @@ def cross_entropy(
     target: int,
     row_weight: int,
     class_weight: int,
+    class_weight_sum: int,
     grad_output: int,
+    saved: int,
     workspace: int,
     loss: int,
     lse: int,
     correct: int,
+    argmax: int,
+    stats: int,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-    class_weight_sum: float,
 ) -> None: ...
 def scaled_add(
     threads: int, x_dtype: int, x: int, y_dtype: int, y: int, n: int, alpha: float, accumulate: bool

@@ -208,9 +208,11 @@ def test_opcheck() -> None:
     ops = torch.ops.mtp_fast
     leaf = logits.clone().requires_grad_()
     torch.library.opcheck(ops.cross_entropy.default, (leaf, target, *terms, False, False))
-    grad = torch.randn(9)
-    torch.library.opcheck(ops.cross_entropy_backward.default, (grad, logits, target, *terms))
-    torch.library.opcheck(ops.cross_entropy_backward_.default, (grad, logits, target, *terms))
+    grad, stats = torch.randn(9), torch.rand(9, 4)
+    torch.library.opcheck(ops.cross_entropy_backward.default, (grad, logits, stats, target, *terms))
+    torch.library.opcheck(
+        ops.cross_entropy_backward_.default, (grad, logits, stats, target, *terms)
+    )
 
 
 def test_double_backward_is_refused() -> None:

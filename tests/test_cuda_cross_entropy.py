@@ -138,20 +138,39 @@ class Results:
     loss: Tensor
     lse: Tensor
     correct: Tensor
+    argmax: Tensor
+    stats: Tensor  # (rows, 4): max, sum of exp(z - max), target logit, sum of class weight * z
     grad: Tensor | None
 
 
 def call(
-    kernel: Callable[..., None], *first: int, inputs: Inputs, ignore: int = IGNORED
+    kernel: Callable[..., None],
+    *first: int,
+    inputs: Inputs,
+    ignore: int = IGNORED,
+    saved: Tensor | None = None,
 ) -> Results:
-    """Call an entry point; `first` is what comes before the parameters."""
+    """Call an entry point; `first` is what comes before the parameters.
+
+    With `saved` statistics it makes the gradient alone.
+    """
     case, n = inputs.case, inputs.case.rows
     loss = torch.full((n,), 7.0, device=inputs.device)
     lse = torch.full_like(loss, 7.0)
     correct = torch.zeros(n, dtype=torch.bool, device=inputs.device)
+    argmax = torch.full_like(correct, 7, dtype=torch.int64)
+    stats = torch.full((n, 4), 7.0, device=inputs.device)
+    weights = inputs.class_weight
     on_device = [
         tensor if tensor is None else tensor.to(inputs.device)
-        for tensor in (inputs.target, inputs.row_weight, inputs.class_weight, inputs.grad_output)
+        for tensor in (
+            inputs.target,
+            inputs.row_weight,
+            weights,
+            None if weights is None else weights.sum(),
+            inputs.grad_output,
+            saved,
+        )
     ]
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in on_device]
     grad = inputs.grad
@@ -169,21 +188,58 @@ def call(
         loss.data_ptr(),
         lse.data_ptr(),
         correct.data_ptr(),
+        argmax.data_ptr(),
+        stats.data_ptr(),
         ignore,
         case.label_smoothing,
         case.z_loss,
         case.softcap,
-        0.0,  # class_weight_sum: the kernel's own
     )
     if inputs.device != "cpu":
         torch.cuda.synchronize()
     copy = None if grad is None else grad.clone().cpu()
     inputs.check_guards()
-    return Results(loss.cpu(), lse.cpu(), correct.cpu(), copy)
+    return Results(loss.cpu(), lse.cpu(), correct.cpu(), argmax.cpu(), stats.cpu(), copy)
 
 
 def on_emulator(inputs: Inputs, **options: Any) -> Results:
     return call(emulator.load().C.cross_entropy_cuda, 0, 0, inputs=inputs, **options)
+
+
+BACKENDS = [
+    "cpu",
+    pytest.param("emulated", marks=needs_emulator),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]
+
+
+def run_on(
+    backend: str,
+    case: Case,
+    prepare: Callable[[Inputs], None] = lambda inputs: None,
+    merged: Tensor | None = None,
+    **options: Any,
+) -> Results:
+    """Statistics and loss from one call; from them, or from `merged`, the gradient in another."""
+    results = []
+    for grad in (None, case.grad or "inplace"):
+        inputs = Inputs(
+            dataclasses.replace(case, grad=grad), "cuda" if backend == "cuda" else "cpu"
+        )
+        prepare(inputs)
+        if results:
+            options["saved"] = results[0].stats if merged is None else merged
+        if backend == "emulated":
+            results.append(on_emulator(inputs, **options))
+        elif backend == "cuda":
+            stream = torch.cuda.current_stream().cuda_stream
+            kernel = mtp_fast._C.cross_entropy_cuda
+            results.append(call(kernel, 0, stream, inputs=inputs, **options))
+        else:
+            threads = torch.get_num_threads()
+            results.append(call(mtp_fast._C.cross_entropy, threads, inputs=inputs, **options))
+    assert bool((results[1].stats == 7.0).all()), "the second call makes the gradient alone"
+    return dataclasses.replace(results[0], grad=results[1].grad)
 
 
 def truth(case: Case) -> Results:
@@ -203,8 +259,21 @@ def truth(case: Case) -> Results:
     upstream = torch.ones(case.rows) if inputs.grad_output is None else inputs.grad_output
     (grad,) = torch.autograd.grad(loss, z, upstream.double())
     # Equal maxima of the raw logits are equal after the softcap, and torch takes the first.
-    correct = inputs.logits.float().argmax(1) == inputs.target
-    return Results(loss.detach(), torch.logsumexp(capped, 1).detach(), correct, grad)
+    argmax = inputs.logits.float().argmax(1)
+    capped = capped.detach()
+    weights = torch.ones(case.vocab) if inputs.class_weight is None else inputs.class_weight
+    top = capped.amax(1)
+    stats = torch.stack(
+        [
+            top,
+            (capped - top[:, None]).exp().sum(1),
+            capped.gather(1, inputs.target[:, None])[:, 0],
+            (capped * weights).sum(1) if case.label_smoothing else torch.zeros(case.rows),
+        ],
+        dim=1,
+    )
+    correct = argmax == inputs.target
+    return Results(loss.detach(), torch.logsumexp(capped, 1), correct, argmax, stats, grad)
 
 
 def check(results: Results, expected: Results, case: Case) -> None:
@@ -213,6 +282,14 @@ def check(results: Results, expected: Results, case: Case) -> None:
     torch.testing.assert_close(results.lse.double(), expected.lse, rtol=0, atol=2.5e-7 * size)
     torch.testing.assert_close(results.loss.double(), expected.loss, rtol=2e-6, atol=5e-7 * size)
     assert results.correct.tolist() == expected.correct.tolist()
+    assert results.argmax.tolist() == expected.argmax.tolist()
+    for part, rtol, atol in [(0, 3e-7, 0), (1, 3e-6, 0), (2, 3e-7, 1e-6), (3, 1e-5, 1e-6 * size)]:
+        torch.testing.assert_close(
+            results.stats[:, part].double(),
+            expected.stats[:, part].double(),
+            rtol=rtol,
+            atol=atol * (case.vocab if part == 3 else 1),
+        )
     if case.grad is None:
         return
     assert results.grad is not None
@@ -255,6 +332,88 @@ def test_rows_too_long_to_be_kept(em, capability):
     check(on_emulator(Inputs(LARGEST)), truth(LARGEST), LARGEST)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", emulator.SCHEDULES)
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_gradient_from_statistics(em, case, schedule, backend):
+    if backend != "emulated" and schedule != "forward":
+        pytest.skip("only the emulator has schedules")
+    em.set_schedule(schedule, seed=case.vocab)
+    case = dataclasses.replace(case, grad=case.grad or "apart")
+    check(run_on(backend, case), truth(case), case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_lose_nothing_at_large_logits(backend):
+    """Logits that are shifted exactly give the same bits, where an lse would round by 2^-9."""
+
+    def shifted(by: float) -> Callable[[Inputs], None]:
+        return lambda inputs: inputs.logits.copy_((inputs.logits * 64).round() / 64 + by)
+
+    case = Case(1003, grad="apart")
+    near, far = (run_on(backend, case, shifted(by)) for by in (0.0, 2.0**15))
+    assert torch.equal(near.grad, far.grad)
+    assert torch.equal(near.stats[:, 1], far.stats[:, 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
+def test_gradient_from_statistics_without_a_loss(backend, dtype):
+    def prepare(inputs: Inputs) -> None:
+        inputs.logits[0] = float("nan")
+        inputs.target = torch.tensor([-3, inputs.case.vocab, -1, 2])
+
+    results = run_on(backend, Case(20011, dtype, rows=4, offset=1), prepare, ignore=-3)
+    assert results.stats[0].tolist() == [0.0] * 4
+    assert results.argmax[0] == -1
+    assert bool((results.grad[0] == 0).all())
+    assert results.stats[:, 2].isnan().tolist() == [False, True, True, False]
+    assert bool(results.grad[1:3].isnan().all())
+    assert bool(results.grad[3].isfinite().all())
+    assert results.correct.tolist() == [False] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vocabulary_in_parts(backend):
+    """Statistics of parts merge into those of the row, which give the gradient of each part."""
+    whole = Case(2006, FLOAT, rows=5, grad="apart", z_loss=1e-3)
+    expected = truth(whole)
+    full = Inputs(whole)
+    width = whole.vocab // 2
+    part = dataclasses.replace(whole, vocab=width)
+
+    def cut(first: int) -> Callable[[Inputs], None]:
+        def prepare(inputs: Inputs) -> None:
+            inputs.logits.copy_(full.logits[:, first : first + width])
+            inputs.target = full.target - first
+
+        return prepare
+
+    parts = [run_on(backend, part, cut(first)) for first in (0, width)]
+    stats = torch.stack([results.stats for results in parts])
+    top = stats[..., 0].amax(0)
+    total = (stats[..., 1] * (stats[..., 0] - top).exp()).sum(0)
+    target_logit = stats[..., 2].nan_to_num(0.0).sum(0)
+    argmax = torch.where(
+        parts[0].stats[:, 0] >= parts[1].stats[:, 0], parts[0].argmax, parts[1].argmax + width
+    )
+    assert argmax.tolist() == expected.argmax.tolist()
+    merged = torch.stack([top, total, target_logit, torch.zeros_like(top)], dim=1)
+    assert bool(torch.stack([results.grad for results in parts])[:, :, 0].isnan().any())
+    grads = [run_on(backend, part, cut(first), merged=merged).grad for first in (0, width)]
+    check(
+        dataclasses.replace(
+            expected,
+            loss=expected.loss.float(),
+            lse=expected.lse.float(),
+            stats=merged,
+            grad=torch.cat(grads, 1),
+        ),
+        expected,
+        whole,
+    )
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", [*CASES, LARGEST], ids=describe)
 def test_cuda(case):
@@ -289,19 +448,18 @@ def test_where_the_gradient_goes_does_not_change_it(em, vocab, grad):
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("vocab", [5, 1003, 50257])
 def test_rows_without_a_loss(em, vocab, dtype):
-    """Ignored rows are 0 and are not read; rows with a target out of range are NaN."""
+    """Ignored rows are 0 and are not read; where the target is out of range, the loss is NaN."""
     inputs = Inputs(Case(vocab, dtype, rows=4, offset=1))
     inputs.logits[0] = float("nan")
     inputs.target = torch.tensor([-3, vocab, -1, 2])
     counters = em.measure()
     results = on_emulator(inputs, ignore=-3)
     one_row = on_emulator(Inputs(Case(vocab, dtype, rows=1, offset=1)))
-    assert counters.read < 3 * vocab * dtype.itemsize
+    assert counters.read < 4.5 * (vocab + 16) * dtype.itemsize
     assert results.loss[0] == results.lse[0] == 0
     assert bool((results.grad[0] == 0).all())
     for row in (1, 2):
         assert bool(results.loss[row].isnan())
-        assert bool(results.lse[row].isnan())
         assert bool(results.grad[row].isnan().all())
     assert bool(results.grad[3].isfinite().all())
     assert results.correct.tolist()[:3] == [False] * 3
@@ -334,7 +492,7 @@ def traffic(case: Case, capability: int) -> tuple[int, float]:
     per_block, per_sm, clusters = {80: (163, 164, 1), 90: (227, 228, 8), 120: (99, 100, 8)}[
         capability
     ]
-    scratch, bytes_of_row = 800, case.vocab * case.dtype.itemsize
+    scratch, bytes_of_row = 640, case.vocab * case.dtype.itemsize
     cluster = 1
     while cluster < clusters and bytes_of_row / cluster > per_sm * 256 - 1024 - scratch:
         cluster *= 2
@@ -362,6 +520,23 @@ def test_bytes_moved(em, case, capability):
     assert counters.read == pytest.approx(read * case.rows, rel=0.05)
     assert counters.written == pytest.approx(written * case.rows, rel=0.05)
     assert counters.shared_bytes == pytest.approx(shared, rel=0.02)
+
+
+@needs_emulator
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", [case for case in CASES if case.vocab > 1000], ids=describe)
+def test_bytes_moved_with_saved_statistics(em, case, capability):
+    em.set_device(capability)
+    case = dataclasses.replace(case, grad=case.grad or "inplace")
+    stats = on_emulator(Inputs(dataclasses.replace(case, grad=None))).stats
+    inputs = Inputs(case)
+    counters = em.measure()
+    on_emulator(inputs, saved=stats)
+    once = case.rows * case.vocab * case.dtype.itemsize
+    weights = 4 * case.rows * case.vocab if case.label_smoothing and case.class_weight else 0
+    assert (counters.launches, counters.cluster, counters.shared_bytes) == (1, 1, 0)
+    assert counters.read == pytest.approx(once + weights, rel=0.05)
+    assert counters.written == pytest.approx(once, rel=0.05)
 
 
 # Every barrier, with a case in which it matters.

@@ -28,6 +28,7 @@ ROW = "acceptance/cuda_row.cuh"
 FILTERS = "acceptance/cuda_filters.cuh"
 LANE = "cuda/lane.cuh"
 CROSS_ENTROPY = "cross_entropy/cuda.cu"
+FORMULAS = "cross_entropy/math.h"
 REDUCE = "cuda/reduce.cuh"
 ARCH = "cuda/arch.cuh"
 MUTATIONS = [
@@ -36,12 +37,10 @@ MUTATIONS = [
         CROSS_ENTROPY, "head = misaligned == 0 ? 0 : kPack<T>", "head = misaligned == 0 ? 0 : 1"
     ),
     Mutation(CROSS_ENTROPY, "(vocab - head) / kPack<T>", "vocab / kPack<T>"),
-    Mutation(CROSS_ENTROPY, "(vectors + cluster.size - 1)", "(vectors + cluster.size - 2)"),
-    Mutation(CROSS_ENTROPY, "begin = cluster.rank * share", "begin = cluster.rank + share"),
+    Mutation(CROSS_ENTROPY, "(vectors + size - 1)", "(vectors + size - 2)"),
+    Mutation(CROSS_ENTROPY, "begin = rank * share", "begin = rank + share"),
     Mutation(CROSS_ENTROPY, "count > keep ? count - keep : 0", "count > keep ? keep : 0"),
-    Mutation(
-        CROSS_ENTROPY, "cluster.rank == 0 && thread < head", "cluster.rank == 0 && thread <= head"
-    ),
+    Mutation(CROSS_ENTROPY, "rank == 0 && thread < head", "rank == 0 && thread <= head"),
     Mutation(CROSS_ENTROPY, "const int in_tail = thread - head", "const int in_tail = thread"),
     Mutation(CROSS_ENTROPY, "in_tail < vocab - tail_begin", "in_tail < vocab - tail_begin - 1"),
     Mutation(CROSS_ENTROPY, "head + (begin + i) * kPack<T>", "head + i * kPack<T>"),
@@ -49,7 +48,7 @@ MUTATIONS = [
     Mutation(CROSS_ENTROPY, "first += kBatch * stride", "first += stride"),
     Mutation(CROSS_ENTROPY, "if (i < count) f(", "if (i <= count) f("),
     Mutation(CROSS_ENTROPY, "kept[i] = vector", "kept[0] = vector"),
-    Mutation(CROSS_ENTROPY, "write(slice.streamed + i, kept[i])", "write(i, kept[i])"),
+    Mutation(CROSS_ENTROPY, "element(slice.streamed + i), kept[i]", "element(i), kept[i]"),
     # Reductions.
     Mutation(CROSS_ENTROPY, "a.argmax < b.argmax ?", "a.argmax > b.argmax ?"),
     Mutation(CROSS_ENTROPY, "b.sum * fast_exp(b.max - max)", "b.sum * fast_exp(a.max - max)"),
@@ -62,12 +61,23 @@ MUTATIONS = [
     # Formulas and storage.
     Mutation(CROSS_ENTROPY, "c.on_probability / stats.sum", "c.on_probability * stats.sum"),
     Mutation(
-        CROSS_ENTROPY, "static_cast<unsigned>(target - first)", "static_cast<unsigned>(target)"
+        CROSS_ENTROPY,
+        "static_cast<unsigned>(row.target - first)",
+        "static_cast<unsigned>(row.target)",
     ),
     Mutation(CROSS_ENTROPY, "constant = -c.on_class", "constant = c.on_class"),
+    Mutation(CROSS_ENTROPY, "% 16 == 0;", "% 16 != 0;"),
+    # The gradient from saved statistics.
+    Mutation(CROSS_ENTROPY, "p.saved[r]);", "p.saved[0]);"),
+    Mutation(CROSS_ENTROPY, "blockIdx.x) / parts", "blockIdx.x) % parts"),
+    Mutation(CROSS_ENTROPY, "static_cast<int>(blockIdx.x) % parts", "0"),
+    Mutation(CROSS_ENTROPY, "row.vocab, 0, part, parts", "row.vocab, 0, part, parts + 1"),
     Mutation(
-        CROSS_ENTROPY, "aligned = same_alignment<T>(grad", "aligned = !same_alignment<T>(grad"
+        CROSS_ENTROPY, "clear_slice(row.grad, row.vocab, part", "clear_slice(row.grad, row.vocab, 0"
     ),
+    Mutation(CROSS_ENTROPY, "row.target < 0 ? NAN", "row.target < 0 ? 0.0f"),
+    Mutation(CROSS_ENTROPY, "argmax == INT_MAX ? -1", "argmax == INT_MAX ? 0"),
+    Mutation(FORMULAS, "if (std::isnan(row.target_logit)) row_weight", "if (false) row_weight"),
     Mutation(ARCH, "static_cast<uint16_t>(word)}", "static_cast<uint16_t>(word >> 16)}"),
     # The acceptance step: where a tile is, and who takes it.
     Mutation(ROW, "misaligned == 0 ? 0 : kPack<T>", "misaligned == 0 ? 0 : 1"),

@@ -2,8 +2,10 @@
 //
 // A thread takes one row at a time. The first pass brings the row from memory and makes the sum of
 // exponentials; those it keeps (in the gradient's own row for float32, in a workspace that stays in
-// the core's cache for 16-bit storage), so the second pass only scales them. Nothing is allocated,
-// and a row's result does not depend on the thread count.
+// the core's cache for 16-bit storage), so the second pass only scales them. With saved statistics
+// there is one pass, which makes the exponentials anew. Nothing is allocated, and a row's result
+// does not depend on the thread count.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -77,27 +79,32 @@ void scale_row(float* values, int64_t n, float factor) {
 }
 
 // First pass. With kKeep, exponentials[v] = exp(z_v - reference); it may be the row itself.
-// `correct` receives argmax == target, ties to the lowest id.
+// `argmax` receives the lowest id of the maximum, -1 where no logit is finite.
 template <bool kKeep, class T, bool kSoftcap>
 RowStats row_stats(const Row<T, kSoftcap>& row, int64_t target, const float* class_weight,
-                   bool smoothing, float* exponentials, References& references, bool& correct) {
-  const float target_logit = row.at(target);
-  float reference = -FLT_MAX;  // finite: exp(-inf - -inf) would be NaN
-  float max_before_target = -kInfinity;
-  Vec max_lanes(-FLT_MAX), sum(0.0f), smooth(0.0f);
+                   bool smoothing, float* exponentials, References& references, int64_t& argmax) {
+  const float target_logit = target < 0 || target >= row.vocab ? NAN : row.at(target);
+  float row_max = -FLT_MAX, reference = -FLT_MAX;  // finite: exp(-inf - -inf) would be NaN
+  Vec sum(0.0f), smooth(0.0f);
 
-  // Before a block is read for the last time: its maximum so far, and a reference that suits it.
-  const auto enter_block = [&](int64_t i, int64_t end, Vec top) {
-    if (i <= target && target < end) {
-      max_before_target = max_lanes.hmax();
-      for (int64_t v = i; v < target; ++v) {
-        const float z = row.at(v);
-        max_before_target = z > max_before_target ? z : max_before_target;
-      }
+  // Where vector `i` and those behind it have their first element equal to the maximum.
+  const auto find_max = [&](int64_t i) -> int64_t {
+    for (; i < row.vocab; i += kLanes) {
+      const uint32_t equal = equal_lanes(row.tail(i, Vec(-kInfinity)), Vec(row_max));
+      if (equal != 0) return i + __builtin_ctz(equal);
     }
-    max_lanes = max(max_lanes, top);
-    if (references.count > 0 && !any_greater(top, Vec(reference + kSlack))) return;
-    const float next = max_lanes.hmax();
+    return -1;
+  };
+  argmax = -1;
+  // Before a block is read for the last time: the maximum so far, and a reference that suits it.
+  const auto enter_block = [&](int64_t i, Vec top) {
+    if (references.count > 0 && !any_greater(top, Vec(row_max))) return;
+    if (any_greater(top, Vec(row_max))) {
+      row_max = top.hmax();
+      argmax = find_max(i);
+    }
+    if (references.count > 0 && row_max <= reference + kSlack) return;
+    const float next = row_max;
     sum = sum * exp(Vec(reference - next));
     if (kKeep && references.count == References::kMax) {
       for (int j = 0; j < References::kMax; ++j) {
@@ -118,7 +125,7 @@ RowStats row_stats(const Row<T, kSoftcap>& row, int64_t target, const float* cla
   for (; i + kBlock <= row.vocab; i += kBlock) {
     Vec z[kUnroll];
     for (int k = 0; k < kUnroll; ++k) z[k] = row.whole(i + k * kLanes);
-    enter_block(i, i + kBlock,
+    enter_block(i,
                 max(max(max(z[0], z[1]), max(z[2], z[3])), max(max(z[4], z[5]), max(z[6], z[7]))));
     if (smoothing) {
       for (int k = 0; k < kUnroll; ++k) {
@@ -136,17 +143,14 @@ RowStats row_stats(const Row<T, kSoftcap>& row, int64_t target, const float* cla
     const int64_t n = row.vocab - i < kLanes ? row.vocab - i : kLanes;
     const Vec z = row.tail(i, Vec(-kInfinity));
     const Vec z_or_zero = row.tail(i, Vec(0.0f));
-    enter_block(i, i + n, z);
+    enter_block(i, z);
     if (smoothing) smooth = fma(class_weights(class_weight, i, n), z_or_zero, smooth);
     const Vec e = exp(z - Vec(reference));
     if constexpr (kKeep) e.store(exponentials + i, n);
     sum = sum + e;
   }
 
-  const float max = max_lanes.hmax();
-  correct = target_logit == max && max_before_target < max;
-  const float total = sum.hsum() * std::exp(reference - max);
-  return {max, std::log(total), total, target_logit, smooth.hsum()};
+  return {row_max, sum.hsum() * std::exp(reference - row_max), target_logit, smooth.hsum()};
 }
 
 // Second pass: from what the first pass kept, or (kKeep false) from the logits once more. grad may
@@ -155,7 +159,6 @@ template <bool kKeep, class T, bool kSoftcap>
 void write_gradient(const Row<T, kSoftcap>& row, const RowStats& stats, const RowCoefficients& c,
                     int64_t target, const float* class_weight, const float* exponentials,
                     const References& references, T* grad) {
-  // p_v = exp(z_v - max) / sum, not exp(z_v - lse): lse rounds at the size of max.
   const float on_probability = c.on_probability / stats.sum;
   const Vec on_class(-c.on_class), top(stats.max);
   const auto derivative = [&](Vec z, Vec g) {
@@ -163,13 +166,13 @@ void write_gradient(const Row<T, kSoftcap>& row, const RowStats& stats, const Ro
     return g;
   };
   // In float32 up to the end: the vector pass below rounds p_v to the storage type first.
-  const float at_target = [&] {
+  const auto at_target = [&] {
     const Vec z(stats.target_logit), a(class_weight ? class_weight[target] : 1.0f);
     float lanes[kLanes];
     derivative(z, fma(Vec(on_probability), exp(z - top), fma(on_class, a, Vec(-c.on_target))))
         .store(lanes);
     return lanes[0];
-  }();
+  };
   const auto piece = [&](int64_t i, int64_t n, Vec factor) {
     const Vec a = class_weights(class_weight, i, n);
     if constexpr (kKeep) {
@@ -189,41 +192,47 @@ void write_gradient(const Row<T, kSoftcap>& row, const RowStats& stats, const Ro
     for (; i + kLanes <= stop; i += kLanes) piece(i, kLanes, factor).store(grad + i);
     if (i < stop) piece(i, stop - i, factor).store(grad + i, stop - i);
   }
-  grad[target] = from_float<T>(at_target);
-}
-
-template <class T>
-void fill_row(T* grad, int64_t vocab, float value) {
-  const T stored = from_float<T>(value);
-  for (int64_t i = 0; i < vocab; ++i) grad[i] = stored;
+  if (target >= 0 && target < row.vocab) grad[target] = from_float<T>(at_target());
 }
 
 template <class T, bool kSoftcap>
 void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r, int worker) {
   const int64_t target = p.target[r];
   T* grad = p.grad ? static_cast<T*>(p.grad) + r * p.grad_ld : nullptr;
-  const auto write_stats = [&](float loss, float lse, bool correct) {
+  const auto write_results = [&](const RowStats& stats, float loss, float lse, int64_t argmax) {
     if (p.loss) p.loss[r] = loss;
     if (p.lse) p.lse[r] = lse;
-    if (p.correct) p.correct[r] = correct;
+    if (p.correct) p.correct[r] = argmax == target && in_range(p, target);
+    if (p.argmax) p.argmax[r] = argmax;
+    if (p.stats) p.stats[r] = stats;
   };
-  if (target == p.ignore_index || target < 0 || target >= p.vocab) {
-    const float value = target == p.ignore_index ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    write_stats(value, value, false);
-    if (grad) fill_row(grad, p.vocab, value);
+  if (target == p.ignore_index) {
+    if (!p.saved) write_results({}, 0.0f, 0.0f, -1);
+    if (grad) std::fill_n(grad, p.vocab, T{});
     return;
   }
   const Row<T, kSoftcap> row{static_cast<const T*>(p.logits) + r * p.ld, p.vocab, Vec(p.softcap),
                              Vec(kSoftcap ? 1.0f / p.softcap : 0.0f)};
   const float weight = p.row_weight ? p.row_weight[r] : 1.0f;
-  const float target_class_weight = p.class_weight ? p.class_weight[target] : 1.0f;
-  const bool smoothing = terms.label_smoothing != 0.0f;
+  const float class_weight = target_class_weight(p, target);
+  const auto coefficients = [&](const RowStats& stats) {
+    const float upstream = p.grad_output ? p.grad_output[r] : 1.0f;
+    return row_coefficients(stats, terms, weight * upstream, class_weight);
+  };
   References references;
-  bool correct;
+  if (p.saved) {
+    const RowStats& stats = p.saved[r];
+    references.add(0, stats.max);
+    write_gradient<false>(row, stats, coefficients(stats), target, p.class_weight, nullptr,
+                          references, grad);
+    return;
+  }
+  const bool smoothing = terms.label_smoothing != 0.0f;
+  int64_t argmax;
   if (grad == nullptr) {
     const RowStats stats =
-        row_stats<false>(row, target, p.class_weight, smoothing, nullptr, references, correct);
-    write_stats(row_loss(stats, terms, weight, target_class_weight), row_lse(stats), correct);
+        row_stats<false>(row, target, p.class_weight, smoothing, nullptr, references, argmax);
+    write_results(stats, row_loss(stats, terms, weight, class_weight), row_lse(stats), argmax);
     return;
   }
   // The derivative of the softcap needs the logits again, so there they are not given up.
@@ -231,12 +240,10 @@ void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r, int
   float* exponentials = p.workspace + worker * p.vocab;
   if constexpr (std::is_same_v<T, float>) exponentials = grad;
   const RowStats stats =
-      row_stats<kKeep>(row, target, p.class_weight, smoothing, exponentials, references, correct);
-  write_stats(row_loss(stats, terms, weight, target_class_weight), row_lse(stats), correct);
-  const float upstream = p.grad_output ? p.grad_output[r] : 1.0f;
-  write_gradient<kKeep>(row, stats,
-                        row_coefficients(stats, terms, weight * upstream, target_class_weight),
-                        target, p.class_weight, exponentials, references, grad);
+      row_stats<kKeep>(row, target, p.class_weight, smoothing, exponentials, references, argmax);
+  write_results(stats, row_loss(stats, terms, weight, class_weight), row_lse(stats), argmax);
+  write_gradient<kKeep>(row, stats, coefficients(stats), target, p.class_weight, exponentials,
+                        references, grad);
 }
 
 }  // namespace
@@ -245,8 +252,7 @@ void one_row(const CrossEntropyParams& p, const LossTerms& terms, int64_t r, int
 template <>
 void cross_entropy_rows<SimdLevel::MTP_SIMD>(const CrossEntropyParams& p, int threads) {
   using namespace MTP_SIMD;
-  const LossTerms terms{p.label_smoothing, p.z_loss, p.class_weight_sum,
-                        p.label_smoothing / static_cast<float>(p.vocab)};
+  const LossTerms terms = loss_terms(p);
   // Pieces of about 16K logits: small vocabularies should not pay for a hand-over on every row.
   const int64_t grain = p.vocab < 16384 ? 16384 / (p.vocab > 0 ? p.vocab : 1) : 1;
   dispatch_dtype(p.dtype, [&](auto storage) {

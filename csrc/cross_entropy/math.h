@@ -6,20 +6,16 @@
 //
 //   loss   = w * [(1-e) a_y (lse - z_y) + (e/V) (A lse - sum_v a_v z_v) + z_loss lse^2]
 //   dz_v   = on_probability * p_v - on_class * a_v - [v == y] * on_target,   p = softmax(z)
+//
+// p_v = exp(z_v - max) / sum, not exp(z_v - lse), whose argument would round at the size of max.
 #pragma once
 
+#include <cmath>
+
 #include "common/macros.h"
+#include "cross_entropy/params.h"
 
 namespace mtp {
-
-// Statistics of one row. lse = max + log_sum; the two parts are kept apart, since their sum rounds
-// at the size of max.
-struct RowStats {
-  float max, log_sum;
-  float sum;           // sum_v exp(z_v - max); exp(-log_sum) would be less exact than 1 / sum
-  float target_logit;  // z_y
-  float smooth_sum;    // sum_v a_v z_v; only with label smoothing
-};
 
 // The row's coefficients of the formulas above, w and the upstream gradient included.
 struct RowCoefficients {
@@ -31,13 +27,27 @@ struct LossTerms {
   float per_class;  // label_smoothing / vocab
 };
 
-MTP_HD inline float row_lse(const RowStats& row) { return row.max + row.log_sum; }
+MTP_HD inline LossTerms loss_terms(const CrossEntropyParams& p) {
+  const float vocab = static_cast<float>(p.vocab);
+  return {p.label_smoothing, p.z_loss, p.class_weight_sum ? *p.class_weight_sum : vocab,
+          p.label_smoothing / vocab};
+}
+
+// Whether a target is a class, and its weight.
+MTP_HD inline bool in_range(const CrossEntropyParams& p, int64_t target) {
+  return target >= 0 && target < p.vocab;
+}
+MTP_HD inline float target_class_weight(const CrossEntropyParams& p, int64_t target) {
+  return p.class_weight && in_range(p, target) ? p.class_weight[target] : 1.0f;
+}
+
+MTP_HD inline float row_lse(const RowStats& row) { return row.max + logf(row.sum); }
 
 MTP_HD inline float row_loss(const RowStats& row, const LossTerms& terms, float row_weight,
                              float target_class_weight) {
   const float lse = row_lse(row);
   float loss = (1.0f - terms.label_smoothing) * target_class_weight *
-               ((row.max - row.target_logit) + row.log_sum);
+               ((row.max - row.target_logit) + logf(row.sum));
   // Each term only where it is asked for: 0 * inf (a masked class under smoothing) is NaN.
   if (terms.label_smoothing != 0.0f) {
     loss += terms.per_class * (terms.class_weight_sum * lse - row.smooth_sum);
@@ -48,6 +58,7 @@ MTP_HD inline float row_loss(const RowStats& row, const LossTerms& terms, float 
 
 MTP_HD inline RowCoefficients row_coefficients(const RowStats& row, const LossTerms& terms,
                                                float row_weight, float target_class_weight) {
+  if (std::isnan(row.target_logit)) row_weight = row.target_logit;  // a target that is no class
   const float on_target = (1.0f - terms.label_smoothing) * target_class_weight;
   const float on_probability =
       on_target + terms.per_class * terms.class_weight_sum + 2.0f * terms.z_loss * row_lse(row);

@@ -10,6 +10,17 @@
 
 namespace mtp {
 
+// Statistics of one row: all that its loss needs, and its gradient beside the logits. Those of the
+// parts of a vocabulary merge into those of the whole. lse = max + log(sum) is not among them,
+// since it rounds at the size of max.
+struct RowStats {
+  float max;           // of the softcapped logits z
+  float sum;           // sum_v exp(z_v - max)
+  float target_logit;  // z_y; NaN where the target y is outside [0, vocab)
+  float smooth_sum;    // sum_v a_v z_v, a = class weights; only with label smoothing
+};
+static_assert(sizeof(RowStats) == 4 * sizeof(float), "(rows, 4) float32 in Python");
+
 struct CrossEntropyParams {
   const void* logits;         // (rows, vocab), row stride ld
   void* grad;                 // (rows, vocab), row stride grad_ld; may be logits; null: loss only
@@ -17,20 +28,24 @@ struct CrossEntropyParams {
   const float* row_weight;    // (rows), or null for 1
   const float* class_weight;  // (vocab), or null for 1
   const float* grad_output;   // (rows): upstream gradient of each row's loss, or null for 1
-  float* workspace;           // (threads, vocab): 16-bit gradients on the CPU; else unused
-  float* loss;                // (rows), or null
-  float* lse;                 // (rows), or null
-  bool* correct;              // (rows), or null: argmax == target
+  const float* class_weight_sum;  // (1), or null for vocab; read under label smoothing
+  const RowStats* saved;  // (rows): what `stats` was, then the gradient alone is made; or null
+  float* workspace;  // (threads, vocab): 16-bit gradients without `saved` on the CPU; else unused
+  float* loss;       // (rows), or null
+  float* lse;        // (rows), or null
+  bool* correct;     // (rows), or null: argmax == target
+  int64_t* argmax;   // (rows), or null: lowest id of the largest logit; -1 where none is finite
+  RowStats* stats;   // (rows), or null
   int64_t rows, vocab, ld, grad_ld;
   int64_t ignore_index;
   float label_smoothing, z_loss;
-  float softcap;           // 0: off
-  float class_weight_sum;  // CPU only; vocab without class weights
+  float softcap;  // 0: off
   DType dtype;
 };
 
-// Rows whose target is ignore_index: loss 0, lse 0, not correct, gradient 0; their logits are not
-// read. Rows whose target is outside [0, vocab): loss, lse and gradient NaN.
+// Rows whose target is ignore_index: every result 0, but for argmax, which is -1; their logits are
+// not read. Rows whose target is outside [0, vocab): loss NaN, and so is the gradient wherever the
+// statistics' target_logit is NaN.
 template <SimdLevel level>  // defined in cpu.cpp, which is compiled once per level
 void cross_entropy_rows(const CrossEntropyParams& params, int threads);
 

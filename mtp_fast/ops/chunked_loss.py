@@ -230,7 +230,7 @@ def sweep(
     gradients = _Gradients(a, needs_grad)
     weight, heads = gradients.weight, a.flat_heads()
     bias = None if a.bias is None else a.bias.to(a.compute_dtype)
-    class_weight_sum = sum_of_class_weights(a.class_weight, vocab)
+    class_weight_sum = sum_of_class_weights(a.class_weight)
     buffer = new_buffer(weight, (size, vocab), weight.dtype)
     workspace = row_workspace(buffer)
     for chunk in _chunks(a, counts, size):

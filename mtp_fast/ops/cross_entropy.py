@@ -129,7 +129,7 @@ def cross_entropy(  # type: ignore[misc]  # overloads: every option goes with bo
     flat_target = target.reshape(-1).to(torch.int64)
     flat_weight = None if row_weight is None else row_weight.reshape(-1)
     loss: Tensor
-    loss, lse, correct = torch.ops.mtp_fast.cross_entropy(
+    loss, lse, correct, _ = torch.ops.mtp_fast.cross_entropy(
         rows, flat_target, flat_weight, class_weight, *terms, inplace_backward, check_targets
     )
     if reduction == "none":
@@ -155,13 +155,24 @@ def run_rows(
     *,
     row_weight: Tensor | None,  # (rows), float32
     class_weight: Tensor | None,  # (V,), float32
-    class_weight_sum: float,
+    class_weight_sum: Tensor | None,  # from sum_of_class_weights
     grad: Tensor | None = None,  # as logits, or logits itself
     grad_output: Tensor | None = None,  # (rows), float32
-    workspace: Tensor | None = None,  # from row_workspace, where grad is given
+    saved: Tensor | None = None,  # (rows, 4): earlier `stats`; makes the gradient alone
+    workspace: Tensor | None = None,  # from row_workspace, where grad is given and saved is not
     results: tuple[Tensor, Tensor, Tensor] | None = None,  # from allocate_rows
+    argmax: Tensor | None = None,  # (rows), int64: lowest id of the largest logit
+    stats: Tensor | None = None,  # from allocate_stats
 ) -> None:
-    """Call the kernel (csrc/cross_entropy/params.h)."""
+    """Call the kernel (csrc/cross_entropy/params.h).
+
+    Without `grad` it makes `results`, `argmax` and `stats`, as far as they are given, in one pass;
+    with `grad` and `saved` it makes the gradient alone, also in one pass; with `grad` only it makes
+    all of them. The statistics of a row are (max, sum of exp(logit - max), target logit, sum of
+    class weight * logit): those of the parts of a vocabulary merge into those of the whole, with
+    which each part's gradient can be made. A target outside [0, V) has the target logit NaN; only
+    while that is so, the row's loss and gradient are NaN.
+    """
     loss, lse, correct = (None, None, None) if results is None else results
     _common.call_kernel(
         "cross_entropy",
@@ -176,16 +187,19 @@ def run_rows(
         target.data_ptr(),
         _pointer(row_weight),
         _pointer(class_weight),
+        _pointer(class_weight_sum),
         _pointer(grad_output),
+        _pointer(saved),
         _pointer(workspace),
         _pointer(loss),
         _pointer(lse),
         _pointer(correct),
+        _pointer(argmax),
+        _pointer(stats),
         terms.ignore_index,
         terms.label_smoothing,
         terms.z_loss,
         terms.softcap,
-        class_weight_sum,
     )
 
 
@@ -195,8 +209,13 @@ def allocate_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
 
 
+def allocate_stats(logits: Tensor) -> Tensor:
+    """Statistics of the rows of logits (rows, V), (rows, 4) float32, for `run_rows` to fill."""
+    return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
+
+
 def row_workspace(logits: Tensor) -> Tensor | None:
-    """What the gradient pass of the kernel needs beside 16-bit logits."""
+    """What the kernel needs beside 16-bit logits to make loss and gradient at once."""
     if logits.dtype == torch.float32 or _common.on_cuda(logits):
         return None
     return torch.empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
@@ -206,14 +225,11 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def sum_of_class_weights(class_weight: Tensor | None, vocab: int) -> float:
-    """What label smoothing spreads over; the number of classes without weights.
-
-    The CUDA kernel finds out for itself: reading the sum here would wait for the device.
-    """
-    if class_weight is None or _common.on_cuda(class_weight):
-        return float(vocab)
-    return float(class_weight.sum(dtype=torch.float64))
+def sum_of_class_weights(class_weight: Tensor | None) -> Tensor | None:
+    """What label smoothing spreads over, 0-d float32; None, for V, without weights."""
+    if class_weight is None:
+        return None
+    return class_weight.sum(dtype=torch.float64).to(torch.float32)
 
 
 # Registration. The loss comes per row; reductions are torch's own, so a backward pass arrives as
@@ -223,10 +239,10 @@ torch.library.define(
     "mtp_fast::cross_entropy",
     "(Tensor logits, Tensor target, Tensor? row_weight, Tensor? class_weight, int ignore_index, "
     "float label_smoothing, float z_loss, float softcap, bool inplace_backward, "
-    "bool check_targets) -> (Tensor loss, Tensor lse, Tensor correct)",
+    "bool check_targets) -> (Tensor loss, Tensor lse, Tensor correct, Tensor stats)",
 )
 _BACKWARD_ARGUMENTS = (
-    "Tensor target, Tensor? row_weight, Tensor? class_weight, int ignore_index, "
+    "Tensor stats, Tensor target, Tensor? row_weight, Tensor? class_weight, int ignore_index, "
     "float label_smoothing, float z_loss, float softcap"
 )
 torch.library.define(
@@ -251,26 +267,28 @@ def _forward(
     softcap: float,
     inplace_backward: bool,
     check_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if check_targets or not _common.on_cuda(logits):
         check_target_range("target", target, ignore_index, logits.shape[1])
-    results = allocate_rows(logits)
+    results, stats = allocate_rows(logits), allocate_stats(logits)
     run_rows(
         _contiguous_rows(logits),
         target.contiguous(),
         RowTerms(ignore_index, label_smoothing, z_loss, softcap),
         row_weight=row_weight,
         class_weight=class_weight,
-        class_weight_sum=sum_of_class_weights(class_weight, logits.shape[1]),
+        class_weight_sum=sum_of_class_weights(class_weight),
         results=results,
+        stats=stats,
     )
-    return results
+    return *results, stats
 
 
 def _run_backward(
     grad: Tensor,
     grad_loss: Tensor,
     logits: Tensor,
+    stats: Tensor,
     target: Tensor,
     row_weight: Tensor | None,
     class_weight: Tensor | None,
@@ -282,10 +300,10 @@ def _run_backward(
         RowTerms(*terms),
         row_weight=row_weight,
         class_weight=class_weight,
-        class_weight_sum=sum_of_class_weights(class_weight, logits.shape[1]),
+        class_weight_sum=sum_of_class_weights(class_weight),
         grad=grad,
         grad_output=grad_loss.contiguous(),
-        workspace=row_workspace(logits),
+        saved=stats.contiguous(),
     )
     return grad
 
@@ -310,8 +328,8 @@ def _contiguous_rows(logits: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("mtp_fast::cross_entropy")
-def _forward_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_rows(logits)
+def _forward_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *allocate_rows(logits), allocate_stats(logits)
 
 
 @torch.library.register_fake("mtp_fast::cross_entropy_backward")
@@ -326,7 +344,7 @@ def _backward_fake_(grad_loss: Tensor, logits: Tensor, *arguments: Any) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, row_weight, class_weight, *terms, inplace_backward, _ = inputs
-    ctx.save_for_backward(logits, target, row_weight, class_weight)
+    ctx.save_for_backward(logits, output[3], target, row_weight, class_weight)
     ctx.terms, ctx.inplace = terms, inplace_backward
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
