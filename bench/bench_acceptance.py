@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import mtp_fast
-from harness import DEVICE, MODELS, Comparison, agreeing, finish, interleaved
+from harness import DEVICE, MODELS, QUICK_MODELS, Comparison, agreeing, finish, interleaved
 
 try:
     from transformers.generation.utils import _speculative_sampling
@@ -28,7 +28,6 @@ except ImportError:
     _speculative_sampling = None
 
 SHAPE = (32, 3, 128256)  # B, K, V
-QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
 # Sampling arguments, and whether drafts are stochastic.
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "greedy": ({}, False),

@@ -17,7 +17,6 @@ Bound of the ratio, by FLOPs: (blocks + n unembeddings) / (blocks + 1 unembeddin
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +88,7 @@ SHAPES = {
     "smollm2": Shape(49_152, 576, 8, 9, 3, 1536, batch=1, length=512),
 }
 MEMORY_SHAPE = Shape(49_152, 576, 2, 9, 3, 1536, batch=1, length=1024)
+QUICK_MEMORY_SHAPE = Shape(49_152, 128, 1, 2, 1, 352, batch=1, length=256)
 SMALL = Shape(256, 64, 6, 2, 1, 128, batch=4, length=64)
 QUICK_SHAPES = {"bytes": SMALL, "smollm2": Shape(49_152, 128, 6, 2, 1, 352, batch=1, length=128)}
 
@@ -149,7 +149,7 @@ def test_memory(compare: Any, quick: bool, competitor: str, n: int) -> None:
     """Forward and backward with n heads on the same trunk: the peak of each in a fresh process."""
     if quick and n not in (1, 4):
         pytest.skip("not quick")
-    shape = dataclasses.replace(MEMORY_SHAPE, length=256 if quick else MEMORY_SHAPE.length)
+    shape = QUICK_MEMORY_SHAPE if quick else MEMORY_SHAPE
 
     def build() -> Comparison:
         model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
@@ -168,14 +168,14 @@ def test_memory(compare: Any, quick: bool, competitor: str, n: int) -> None:
         f"training memory, {n} heads, V = {shape.vocab_size}, {shape.length} tokens",
         competitor,
         build,
-        memory=lambda name: in_fresh_process(peak_memory, name, n, shape.length),
+        memory=lambda name: in_fresh_process(peak_memory, name, n, quick),
         heads=n,
     )
 
 
-def peak_memory(loss: str, n: int, length: int) -> float:
+def peak_memory(loss: str, n: int, quick: bool) -> float:
     """MiB above weights and gradients, for a fresh process."""
-    shape = dataclasses.replace(MEMORY_SHAPE, length=length)
+    shape = QUICK_MEMORY_SHAPE if quick else MEMORY_SHAPE
     LOSSES[loss](SMALL.model(2), SMALL.tokens()).backward()  # what the first call sets up
     model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
     grown = peak_growth(lambda: LOSSES[loss](model, tokens).backward())
@@ -195,8 +195,7 @@ def memory_report() -> dict[str, Any]:
         ],
         "columns": [f"n = {n}" for n in HEADS],
         "mib": {
-            loss: [in_fresh_process(peak_memory, loss, n, s.length) for n in HEADS]
-            for loss in LOSSES
+            loss: [in_fresh_process(peak_memory, loss, n, False) for n in HEADS] for loss in LOSSES
         },
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import Comparison, machine, timings
+from harness import Comparison, keep_freed_memory, machine, timings
 
 # Seconds a group is measured for, and its fewest and most rounds.
 FULL, QUICK = (5.0, 5, 200), (1.0, 3, 50)
@@ -27,6 +27,10 @@ def replayed() -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes, few rounds")
+
+
+def pytest_sessionstart() -> None:
+    keep_freed_memory()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +49,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def measured() -> dict[str, tuple[Comparison, dict[str, list[float]]]]:
+def measured() -> dict[str, tuple[Comparison, dict[str, list[float]]] | None]:
     """Comparisons and times of the groups that have run, without the competitors themselves."""
     return {}
 
@@ -66,8 +70,11 @@ def compare(benchmark: Any, quick: bool, measured: dict[Any, Any]) -> Callable[.
         **about: Any,
     ) -> None:
         if group not in measured:
+            measured[group] = None  # until it has succeeded
             comparison = build()
             measured[group] = comparison._replace(runs={}), _times(comparison, quick)
+        if measured[group] is None:
+            pytest.skip("its group has failed")
         comparison, seconds = measured[group]
         if competitor not in seconds:
             pytest.skip(comparison.left_out.get(competitor, "not installed, or has no such case"))

@@ -34,6 +34,7 @@ MODELS = {
     "Qwen3-0.6B": (151_936, 1024),
     "Gemma-3-1B": (262_144, 1152),
 }
+QUICK_MODELS = ("SmolLM2-135M", "Llama-3.2-1B")
 if DEVICE == "cuda":
     MODELS |= {
         "Llama-3-8B": (128_256, 4096),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mtp_fast._build_info import machine_line
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
@@ -28,15 +30,6 @@ def render(report: dict[str, Any]) -> str:
     left_out = [f"Left out: {name}, {why}." for name, why in report.get("left_out", {}).items()]
     rows = ROWS[report["bench"]](report)
     return "\n\n".join(["; ".join(caption) + ".", table(rows), *left_out])
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    """Processor, threads, versions and date of a `machine` entry."""
-    processor = machine["gpu"] or f"{machine['cpu']}, {machine['simd']}"
-    return (
-        f"{processor}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"mtp_fast {machine['mtp_fast']}, {machine['date']}"
-    )
 
 
 def table(rows: Rows) -> str:

@@ -63,6 +63,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_line(machine: dict[str, Any]) -> str:
+    """What `machine` returned, as a line of text."""
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['simd']}"
+    return (
+        f"{processor}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"mtp_fast {machine['mtp_fast']}, {machine['date']}"
+    )
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,4 @@
-"""The command line: `mtp-fast demo | prepare | train | generate`."""
+"""The command line: `mtp-fast demo | prepare | train | generate | bench`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from mtp_fast.training import default_precision, prepare
 # The extra that holds a package.
 EXTRAS = {
     "matplotlib": "cli",
+    "pytest_benchmark": "bench",
     "rich": "cli",
     "safetensors": "cli",
     "tensorboard": "tensorboard",
     "tokenizers": "tokenizers",
 }
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -37,7 +39,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for bad input, 130 if interrupted."""
+    """Run the command line and return its exit code.
+
+    0; 1 if a bench failed; 2 for bad input; 130 if interrupted.
+    """
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
@@ -103,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stream", action="store_true", help="print one prompt's text as it comes")
     _add_common(run)
     run.set_defaults(run=_generate)
+
+    run = commands.add_parser("bench", help="compare the ops with their bounds and peers")
+    run.add_argument("--quick", action="store_true", help="small shapes: within 3 minutes")
+    run.add_argument("--out", type=Path, default=Path("runs/bench"), help="where results go")
+    run.set_defaults(run=_bench)
     return parser
 
 
@@ -133,6 +143,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     return device
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mtp_fast import benchmark
+
+    return 0 if benchmark.run(args.out, args.quick) else EXIT_FAILED
 
 
 def _demo(args: argparse.Namespace) -> int:

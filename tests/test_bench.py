@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ import bench_decoding
 import bench_training
 import harness
 import tables
+from mtp_fast import demo
+from mtp_fast.models import MTPConfig
 
 
 def test_a_wrong_competitor_is_left_out() -> None:
@@ -112,3 +115,16 @@ def test_report(bench, arguments, monkeypatch, tmp_path, capsys) -> None:
     report = json.loads(file.read_text())
     assert report["machine"]["torch"] == torch.__version__
     assert tables.render(report) in capsys.readouterr().out
+
+
+def test_demo_report(monkeypatch, tmp_path) -> None:
+    """What `mtp-fast demo` saves is what README.md's table is made of."""
+    files = demo.standard_library()[:30]
+    monkeypatch.setattr(demo, "standard_library", lambda: files)
+    monkeypatch.setattr(demo, "MODEL", MTPConfig(256, 16, 3, 2, 1, 2, 16, 256))
+    monkeypatch.setattr(demo, "N_PROMPTS", 1)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    assert demo.run(tmp_path, 0.01, torch.device("cpu"), 0)
+    table = tables.render(json.loads((tmp_path / "report.json").read_text()))
+    assert "1 trunk layers and 2 heads; trained for 0.01 minutes; validation loss" in table
+    assert len(re.findall(r"^\| [12] +\| \d\.\d\d +\| \d+ +\| \d\.\d\dx", table, re.M)) == 2
