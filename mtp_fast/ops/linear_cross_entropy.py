@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 
 from mtp_fast.ops import _common
-from mtp_fast.ops._common import (
-    DTYPE_CODES,
-    check_device,
-    check_float_dtype,
-    check_shape,
-    check_tensor,
-)
+from mtp_fast.ops._common import check_tensor
 from mtp_fast.ops._loss_arguments import (
     Reduction,
     RowTerms,
+    check_chunk_bytes,
+    check_linear,
     check_num_items,
     check_reduction,
     check_target,
@@ -34,12 +30,6 @@ from mtp_fast.ops._loss_arguments import (
 )
 from mtp_fast.ops.chunked_loss import Arguments, scaled, sweep
 from mtp_fast.ops.cross_entropy import CrossEntropyStats, refuse_double_backward
-
-# The default budget for the logits of a chunk, in bytes. On CUDA a 64th of the device's memory,
-# within these bounds: little beside a model, and on an 80 GB device still thousands of rows of 128K
-# 16-bit logits, which keep the products large.
-CPU_CHUNK_BYTES = 256 << 20
-MAX_CUDA_CHUNK_BYTES = 2 << 30
 
 
 @overload
@@ -176,46 +166,6 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
     return loss, CrossEntropyStats(
         out.lse.reshape(target.shape), out.correct.reshape(target.shape), out.num_valid[0]
     )
-
-
-def check_linear(
-    name: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
-) -> torch.dtype:
-    """Check the linear layer against its input (..., d); return the dtype of the products."""
-    check_tensor("linear_weight", linear_weight)
-    check_float_dtype(name, input)
-    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight: expected shape (V, d) with d = {input.shape[-1]} (the last size of "
-            f"{name}), got {tuple(linear_weight.shape)}"
-        )
-    if linear_weight.shape[0] == 0:
-        raise ValueError("linear_weight: expected shape (V, d) with V > 0, got V = 0")
-    check_device("linear_weight", linear_weight, name, input)
-    device_type = input.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    allowed = tuple(DTYPE_CODES) if autocast else (input.dtype,)
-    check_float_dtype("linear_weight", linear_weight, allowed)
-    if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias)
-        check_shape("linear_bias", linear_bias, linear_weight.shape[:1], "(V,)")
-        check_device("linear_bias", linear_bias, name, input)
-        check_float_dtype("linear_bias", linear_bias, allowed)
-    return torch.get_autocast_dtype(device_type) if autocast else input.dtype
-
-
-def check_chunk_bytes(chunk_bytes: int | None, device: torch.device) -> int:
-    """Check the budget and fill in the default."""
-    if chunk_bytes is None:
-        if device.type != "cuda":
-            return CPU_CHUNK_BYTES
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return min(max(memory // 64, CPU_CHUNK_BYTES), MAX_CUDA_CHUNK_BYTES)
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
-        raise TypeError(f"chunk_bytes: expected an int or None, got {chunk_bytes!r}")
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: expected a number of bytes > 0, got {chunk_bytes}")
-    return chunk_bytes
 
 
 class Output(NamedTuple):

@@ -8,17 +8,15 @@ from torch import Tensor
 
 from mtp_fast.ops._common import check_device, check_integer_dtype, check_shape, check_tensor
 from mtp_fast.ops._loss_arguments import (
+    check_chunk_bytes,
+    check_linear,
     check_num_items,
     check_reduction,
     check_target,
     check_terms,
     check_weight,
 )
-from mtp_fast.ops.linear_cross_entropy import (
-    check_chunk_bytes,
-    check_linear,
-    run_linear_cross_entropy,
-)
+from mtp_fast.ops.linear_cross_entropy import run_linear_cross_entropy
 
 
 class MultiTokenStats(NamedTuple):
