@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mtp_fast.models.config import MTPConfig
-from mtp_fast.models.layout import Layout, open_safetensors
+from mtp_fast.models.layout import Layout, errors_of, open_safetensors
 from mtp_fast.models.transformer import MTPTransformer
 
 CONFIG_FILE = "config.json"
@@ -87,15 +87,13 @@ def load(
     """Read the model in `path`, see `MTPTransformer.from_pretrained`."""
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
         raise ValueError(f"{path} is not a checkpoint: no {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-    try:
+    with errors_of(path / CONFIG_FILE):
         config = stored = MTPConfig.from_json((path / CONFIG_FILE).read_text())
         if n_future_tokens is not None:
             n_layers = stored.n_trunk_layers + n_future_tokens
             config = replace(config, n_layers=n_layers, n_future_tokens=n_future_tokens)
         if max_seq_len is not None:
             config = replace(config, max_seq_len=max_seq_len)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     weights = path / WEIGHTS_FILE
     with open_safetensors([weights]) as tensors:
         return LAYOUT.read(config, stored.n_future_tokens, tensors, weights, dtype, device)

@@ -15,7 +15,7 @@ import torch
 
 from mtp_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from mtp_fast.models.config import MTPConfig
-from mtp_fast.models.layout import Layout, open_safetensors, read_json
+from mtp_fast.models.layout import Layout, errors_of, open_safetensors, read_json
 from mtp_fast.models.transformer import MTPTransformer
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -59,15 +59,11 @@ def load(
 ) -> MTPTransformer:
     """Read the model in `path`, see `MTPTransformer.from_pretrained`."""
     fields = read_json(path / CONFIG_FILE)
-    try:
+    with errors_of(path / CONFIG_FILE):
         ours = fields.get("mtp_fast", {"n_future_tokens": 1, "dropout": 0.0})
         stored_heads, dropout = ours["n_future_tokens"], ours["dropout"]
         heads = stored_heads if n_future_tokens is None else n_future_tokens
         config = _config(fields, heads, max_seq_len, dropout)
-    except KeyError as error:
-        raise ValueError(f"{path / CONFIG_FILE} lacks {error.args[0]}") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     files = _weight_files(path)
     if stored_heads > 1:
         files.append(path / EXTRA_HEADS_FILE)

@@ -170,6 +170,17 @@ def open_safetensors(files: Sequence[Path]) -> Iterator[Tensors]:
         yield tensors
 
 
+@contextmanager
+def errors_of(source: Path) -> Iterator[None]:
+    """Turn errors in what `source` says of a model into a ValueError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error.args[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_fast.models.checkpoint import write_atomically
 from mtp_fast.models.config import MTPConfig
-from mtp_fast.models.layout import Layout, read_json
+from mtp_fast.models.layout import Layout, errors_of, read_json
 from mtp_fast.models.transformer import MTPTransformer
 
 PARAMS_FILE = "params.json"
@@ -58,14 +58,14 @@ def load(
 ) -> MTPTransformer:
     """Read the model in `path`, see `MTPTransformer.from_pretrained`."""
     params, weights = read_json(path / PARAMS_FILE), _read_weights(path)
-    try:
+    # Files may leave the vocabulary to the tokenizer (-1), and give the width as a rule.
+    with errors_of(path):
+        vocab_size = len(weights["tok_embeddings.weight"])
+        ffn_dim = len(weights["layers.0.feed_forward.w1.weight"])
+    with errors_of(path / PARAMS_FILE):
         stored_heads = params.get("n_future_tokens", 1)
         heads = stored_heads if n_future_tokens is None else n_future_tokens
-        config = _config(params, weights, heads, max_seq_len)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]}") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / PARAMS_FILE}: {error}") from error
+        config = _config(params, heads, max_seq_len, vocab_size, ffn_dim)
     tensors = {name: partial(_to_halves, name, w, config.head_dim) for name, w in weights.items()}
     return LAYOUT.read(config, stored_heads, tensors, path, dtype, device)
 
@@ -98,23 +98,23 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _config(
     params: dict[str, Any],
-    weights: dict[str, Tensor],
     n_future_tokens: int,
     max_seq_len: int | None,
+    vocab_size: int,
+    ffn_dim: int,
 ) -> MTPConfig:
-    """Translate `params.json`; KeyError if a field or tensor is missing."""
+    """Translate `params.json`; KeyError if a field is missing."""
     if params.get("use_scaled_rope"):
         raise ValueError("use_scaled_rope is not supported")
     n_heads = params["n_heads"]
     return MTPConfig(
-        # Files may leave the vocabulary to the tokenizer (-1), and give the width as a rule.
-        vocab_size=len(weights["tok_embeddings.weight"]),
+        vocab_size=vocab_size,
         dim=params["dim"],
         n_layers=params["n_layers"] - params.get("n_future_tokens", 1) + n_future_tokens,
         n_attention_heads=n_heads,
         n_kv_heads=params.get("n_kv_heads") or n_heads,
         n_future_tokens=n_future_tokens,
-        ffn_dim=len(weights["layers.0.feed_forward.w1.weight"]),
+        ffn_dim=ffn_dim,
         max_seq_len=DEFAULT_MAX_SEQ_LEN if max_seq_len is None else max_seq_len,
         rope_theta=params.get("rope_theta", 10_000.0),
         norm_eps=params.get("norm_eps", 1e-5),
