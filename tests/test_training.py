@@ -150,6 +150,11 @@ def test_trainer_rejects_a_context_beyond_the_model(tmp_path):
         new_trainer(tmp_path, context=65)
 
 
+def test_trainer_rejects_a_separator_beyond_the_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match="separator=256 is not in the vocabulary of 256"):
+        new_trainer(tmp_path, separator=256)
+
+
 @pytest.mark.parametrize("name", ["head_weights", "head_dropout"])
 def test_trainer_rejects_a_list_of_another_length(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must have one value for each of 3 heads, got 2"):
@@ -159,7 +164,7 @@ def test_trainer_rejects_a_list_of_another_length(tmp_path, name):
 def test_later_heads_weights_warm_in(tmp_path):
     trainer = new_trainer(tmp_path, head_weights=(1.0, 0.5, 0.2), head_weights_warmup=0.5)
     module, seen = trainer._loss, []
-    trainer._loss = lambda tokens, weights: seen.append(weights) or module(tokens, weights)
+    trainer._loss = lambda tokens, weights, ids: seen.append(weights) or module(tokens, weights)
     head = trainer.model.heads[1].attention.qkv.weight
     before = head.clone()
     trainer.train_step()
@@ -184,6 +189,26 @@ def test_dropout_warms_in_globally_or_by_head(tmp_path):
     resumed = Trainer.resume(tmp_path, random_tokens(), random_tokens())
     assert resumed.config == trainer.config
     assert resumed.train_step().loss == trainer.train_step().loss
+
+
+@pytest.mark.parametrize("route", ["parallel", "headwise"])
+def test_predictions_across_a_separator_are_not_scored(tmp_path, route):
+    trainer = new_trainer(tmp_path, train=random_tokens() % 10, route=route, separator=7)
+
+    def expected(windows):
+        losses = []
+        for k in range(3):
+            logits, target = new_model().logits(windows, k), windows[:, 1 + k :]
+            each = F.cross_entropy(logits[:, : -1 - k].mT, target, reduction="none")
+            # What lies between: the token that head k predicts from, and those it leaps over.
+            inside = [(windows[:, i : i + target.shape[1]] != 7) for i in range(1 + k)]
+            losses.append(each[torch.stack(inside).all(0)].mean().item())
+        return losses
+
+    validation = [trainer._validation.batch(i) for i in range(TRAIN.eval_batches)]
+    mean = np.mean([expected(windows) for windows in validation], axis=0)
+    assert trainer.validate() == pytest.approx(mean, rel=1e-5)
+    assert trainer.train_step().loss == pytest.approx(expected(trainer._train.batch(0)), rel=1e-5)
 
 
 def test_matrices_decay_and_norms_do_not(tmp_path):

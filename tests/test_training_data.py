@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mtp_fast.training import Corpus, Windows, load_corpus
+from mtp_fast.training.data import document_ids
 
 
 def test_windows_depend_on_seed_and_number_alone():
@@ -26,6 +27,12 @@ def test_windows_reach_both_ends():
     assert set(windows.batch(0)[:, 0].tolist()) == {0, 1, 2}
     with pytest.raises(ValueError, match="12 tokens, fewer than one window of 13"):
         Windows(np.arange(12, dtype=np.uint8), 1, 13, seed=0)
+
+
+def test_a_separator_belongs_to_the_document_that_it_closes():
+    tokens = torch.tensor([[5, 9, 6, 6, 9, 9, 5], [9, 5, 5, 5, 5, 5, 9]])
+    expected = [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert document_ids(tokens, 9).tolist() == expected
 
 
 def test_corpus_splits_by_file_and_closes_documents(tmp_path):

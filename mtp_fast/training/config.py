@@ -50,8 +50,17 @@ class TrainConfig:
         Steps between validations, and batches of one.
     checkpoint_every : int
         Steps between checkpoints.
+    separator : int, optional
+        The token that closes a document. Predictions across it are not scored, in training and in
+        validation: each head's loss is the mean over those that stay within a document. Attention
+        still crosses documents. By default all predictions are scored.
     seed : int
         Of batches and dropout.
+
+    Raises
+    ------
+    ValueError
+        If a field is out of range, or both or none of `steps` and `minutes` are given.
     """
 
     steps: int | None = None
@@ -77,6 +86,7 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 500
+    separator: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +102,11 @@ class TrainConfig:
             raise ValueError(f'precision must be "bfloat16" or "float32", got {self.precision!r}')
         if self.route not in ("parallel", "headwise"):
             raise ValueError(f'route must be "parallel" or "headwise", got {self.route!r}')
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate must be in [0, learning_rate={self.learning_rate}], "
+                f"got {self.final_learning_rate}"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
         for name in ("head_weights_warmup", "dropout_warmup"):
@@ -100,6 +115,8 @@ class TrainConfig:
         weights = self.head_weights
         if weights is not None and not all(0 <= w < math.inf for w in weights):
             raise ValueError(f"head_weights must be finite and not negative, got {weights}")
+        if self.separator is not None and self.separator < 0:
+            raise ValueError(f"separator must be a token id, got {self.separator}")
         if self.compile and self.dropout_warmup:
             raise ValueError("compile goes with constant dropout: dropout_warmup must be 0")
         if self.head_dropout is not None and not all(0 <= p < 1 for p in self.head_dropout):

@@ -46,6 +46,8 @@ class Corpus:
     """
 
     vocab_size: ClassVar[int] = BYTE_VOCAB_SIZE
+    separator: ClassVar[int] = SEPARATOR
+    tokenizer: ClassVar[Path | None] = None
 
     files: tuple[Path, ...]
     validation_share: float = 0.05
@@ -132,6 +134,12 @@ class Windows:
         starts = rng.integers(len(self._tokens) - self._length + 1, size=self._batch_size)
         windows = self._tokens[starts[:, None] + np.arange(self._length)]
         return torch.from_numpy(windows.astype(np.int64))
+
+
+def document_ids(tokens: Tensor, separator: int) -> Tensor:
+    """Number the documents in each row of `tokens` (B, T) from 0; a separator ends its own."""
+    closed = tokens == separator
+    return closed.cumsum(1) - closed.long()
 
 
 def _read_bytes(files: Sequence[Path]) -> Tokens:

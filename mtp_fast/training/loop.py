@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtp_fast.models import Block, MTPTransformer, load_checkpoint, save_checkpoint
 from mtp_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from mtp_fast.training.config import TrainConfig, warm_in
-from mtp_fast.training.data import Tokens, Windows
+from mtp_fast.training.data import Tokens, Windows, document_ids
 from mtp_fast.training.distributed import (
     data_parallel,
     gradients_stay_local,
@@ -63,6 +63,11 @@ class Trainer:
             raise ValueError(
                 f"context={config.context} exceeds the model's max_seq_len="
                 f"{model.config.max_seq_len}"
+            )
+        vocab_size = model.config.vocab_size
+        if config.separator is not None and config.separator >= vocab_size:
+            raise ValueError(
+                f"separator={config.separator} is not in the vocabulary of {vocab_size}"
             )
         for name in ("head_weights", "head_dropout"):
             values = getattr(config, name)
@@ -141,7 +146,7 @@ class Trainer:
             last = micro == config.accumulation - 1
             with nullcontext() if last else gradients_stay_local(self._loss):
                 with self._autocast():
-                    loss, stats = self._loss(tokens, weights)
+                    loss, stats = self._loss(tokens, weights, self._document_ids(tokens))
                 torch.autograd.backward(loss / config.accumulation)
             losses.append(stats.loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
@@ -175,6 +180,10 @@ class Trainer:
             if isinstance(module, (MTPTransformer, Block)):
                 module.dropout = factor * of_head.get(module, self.model.config.dropout)
 
+    def _document_ids(self, tokens: Tensor) -> Tensor | None:
+        separator = self.config.separator
+        return None if separator is None else document_ids(tokens, separator)
+
     @torch.no_grad()
     def validate(self) -> list[float]:
         """Return the loss of each head over the same validation windows each time."""
@@ -183,7 +192,9 @@ class Trainer:
         for index in range(process_rank(), config.eval_batches, process_count()):
             tokens = self._validation.batch(index).to(self.device)
             with self._autocast():
-                _, stats = multi_token_loss(self.model, tokens, return_stats=True)
+                _, stats = multi_token_loss(
+                    self.model, tokens, document_ids=self._document_ids(tokens), return_stats=True
+                )
             total += stats.loss
         share = total * (process_count() / config.eval_batches)
         return mean_over_processes(share.tolist(), self.device)
