@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("train", help="train a model on text files or a prepared corpus")
     cli_train.add_options(run)
     _add_common(run)
-    run.set_defaults(run=_train)
+    run.set_defaults(run=_train, seed=None)  # as the others of its options, if not given
 
     run = commands.add_parser("generate", help="continue prompts with a checkpoint")
     run.add_argument("checkpoint", type=Path, help="checkpoint directory")

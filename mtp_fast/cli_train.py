@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mtp_fast.models import MTPConfig, MTPTransformer
+from mtp_fast.text import check_tokenizer, save_tokenizer
 from mtp_fast.training import (
     Corpus,
     PreparedCorpus,
@@ -21,9 +24,40 @@ from mtp_fast.training import (
 )
 from mtp_fast.training.distributed import process_rank, torchrun_group
 
+# Options that shape a new model: the field of MTPConfig, its default here, and what it is.
+MODEL = {
+    "heads": ("n_future_tokens", 4, "prediction heads"),
+    "layers": ("n_layers", 16, "blocks, heads included"),
+    "dim": ("dim", 192, "width"),
+    "attention_heads": ("n_attention_heads", 3, "query heads"),
+    "kv_heads": ("n_kv_heads", 1, "key and value heads"),
+    "ffn_dim": ("ffn_dim", 512, "width of the feed-forward"),
+    "max_seq_len": ("max_seq_len", 1024, "longest sequence"),
+    "dropout": ("dropout", 0.0, "of the embedding and of each branch"),
+}
+# Those of them that go with a pretrained one.
+READING = ("heads", "max_seq_len")
+# Options that are numbers in TrainConfig, under the same names.
+LOOP = {
+    "batch_size": "windows of a micro-batch",
+    "context": "tokens of a window",
+    "accumulation": "micro-batches of a step",
+    "learning_rate": "after the warm-up",
+    "final_learning_rate": "at the end of the run",
+    "warmup": "share of the run in which the learning rate rises from 0",
+    "head_weights_warmup": "share in which the later heads' weights rise from 0",
+    "dropout_warmup": "share in which dropout rises from 0",
+    "weight_decay": "of matrices",
+    "grad_clip": "largest gradient norm",
+    "eval_every": "steps between validations",
+    "checkpoint_every": "steps between checkpoints",
+}
+# What does not describe a new run.
+NOT_OF_A_RUN = {"command", "run", "device", "files", "resume", "tensorboard"}
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of training to `parser`."""
+    """Add the options of training to `parser`; those that are not given are None."""
     parser.add_argument("files", type=Path, nargs="*", help="text files, or what prepare has made")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="checkpoint directory of a new run")
@@ -32,45 +66,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--minutes", type=float, help="or training time")
-    shape = parser.add_argument_group("model")
-    shape.add_argument("--heads", type=int, default=4, help="prediction heads (default 4)")
-    shape.add_argument("--layers", type=int, default=16, help="blocks, heads included")
-    shape.add_argument("--dim", type=int, default=192, help="width")
-    shape.add_argument("--attention-heads", type=int, default=3)
-    shape.add_argument("--kv-heads", type=int, default=1)
-    shape.add_argument("--ffn-dim", type=int, default=512)
-    shape.add_argument("--max-seq-len", type=int, default=1024, help="longest sequence")
-    shape.add_argument("--dropout", type=float, default=0.0)
-    defaults = TrainConfig(steps=1)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--from",
+        type=Path,
+        metavar="DIR",
+        help="start from the model in DIR; of the other options here --heads and --max-seq-len "
+        "go with it, and are DIR's by default",
+    )
+    _add_flag(model, "--freeze-next-token-model", "train its heads 1, 2, ... and nothing else")
+    for name, (_, default, meaning) in MODEL.items():
+        _add_number(model, name, default, meaning)
     loop = parser.add_argument_group("optimization")
-    loop.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    loop.add_argument("--context", type=int, default=defaults.context)
-    loop.add_argument("--accumulation", type=int, default=defaults.accumulation)
-    loop.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    loop.add_argument(
-        "--head-weights", type=_numbers, metavar="W,...", help="weight of each head's loss"
-    )
-    loop.add_argument(
-        "--head-weights-warmup",
-        type=float,
-        default=defaults.head_weights_warmup,
-        metavar="SHARE",
-        help="share of the run in which the later heads' weights rise from 0",
-    )
-    loop.add_argument("--head-dropout", type=_numbers, metavar="P,...", help="dropout of each head")
-    loop.add_argument(
-        "--dropout-warmup",
-        type=float,
-        default=defaults.dropout_warmup,
-        metavar="SHARE",
-        help="share of the run in which dropout rises from 0",
-    )
-    loop.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
-    loop.add_argument("--eval-every", type=int, default=defaults.eval_every)
-    loop.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every)
-    loop.add_argument("--route", choices=["parallel", "headwise"], default=defaults.route)
-    loop.add_argument("--compile", action="store_true", help="torch.compile trunk and heads")
+    for name, meaning in LOOP.items():
+        _add_number(loop, name, getattr(TrainConfig, name), meaning)
+    for name, meaning in (("weights", "weight of each head's loss"), ("dropout", "in each head")):
+        loop.add_argument(f"--head-{name}", type=_numbers, metavar="X,...", help=meaning)
+    loop.add_argument("--route", choices=["parallel", "headwise"])
     loop.add_argument("--precision", choices=["bfloat16", "float32"], help="default: the faster")
+    _add_flag(loop, "--compile", "torch.compile trunk and heads")
+    _add_flag(loop, "--document-boundaries", "score no prediction across two documents")
+
+
+def _add_flag(group: argparse._ArgumentGroup, option: str, meaning: str) -> None:
+    group.add_argument(option, action="store_true", default=None, help=meaning)
+
+
+def _add_number(group: argparse._ArgumentGroup, name: str, default: float, meaning: str) -> None:
+    help_ = f"{meaning} (default {default})"
+    group.add_argument(_option(name), type=type(default), metavar="X", help=help_)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(args: argparse.Namespace, device: torch.device) -> bool:
@@ -111,44 +139,53 @@ def _new_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
         raise ValueError(f"--out {args.out} is in use; take another, or --resume it")
     if args.steps is None and args.minutes is None:
         raise ValueError("give --steps or --minutes")
-    corpus = _corpus(args.files, args.seed)
-    model_config = MTPConfig(
-        vocab_size=corpus.vocab_size,
-        dim=args.dim,
-        n_layers=args.layers,
-        n_attention_heads=args.attention_heads,
-        n_kv_heads=args.kv_heads,
-        n_future_tokens=args.heads,
-        ffn_dim=args.ffn_dim,
-        max_seq_len=args.max_seq_len,
-        dropout=args.dropout,
-    )
-    config = TrainConfig(
-        steps=args.steps,
-        minutes=args.minutes,
-        batch_size=args.batch_size,
-        context=args.context,
-        accumulation=args.accumulation,
-        learning_rate=args.learning_rate,
-        head_weights=args.head_weights,
-        head_weights_warmup=args.head_weights_warmup,
-        head_dropout=args.head_dropout,
-        dropout_warmup=args.dropout_warmup,
-        weight_decay=args.weight_decay,
-        eval_every=args.eval_every,
-        checkpoint_every=args.checkpoint_every,
-        route=args.route,
-        compile=args.compile,
-        precision=args.precision or default_precision(device),
-        seed=args.seed,
-    )
+    given = _given(args)
+    given.setdefault("seed", TrainConfig.seed)
+    given.setdefault("precision", default_precision(device))
+    corpus = _corpus(args.files, given["seed"])
+    if args.document_boundaries:
+        given["separator"] = corpus.separator
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: given[name] for name in fields if name in given})
+    torch.manual_seed(config.seed)
+    make = _pretrained_model if "from" in given else _new_model
+    model = make(given, corpus, device)
     train_tokens, validation_tokens = corpus.read()
-    torch.manual_seed(args.seed)
-    model = MTPTransformer(model_config).to(device)
     trainer = Trainer(model, config, train_tokens, validation_tokens, args.out)
     if process_rank() == 0:
         corpus.save(args.out)
+        save_tokenizer(args.out, given.get("from"), corpus)
     return trainer
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given of those that describe a new run."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name not in NOT_OF_A_RUN
+    }
+
+
+def _new_model(
+    given: dict[str, Any], corpus: Corpus | PreparedCorpus, device: torch.device
+) -> MTPTransformer:
+    if "freeze_next_token_model" in given:
+        raise ValueError("--freeze-next-token-model goes with --from: a new model has to learn")
+    shape = {field: given.get(name, default) for name, (field, default, _) in MODEL.items()}
+    return MTPTransformer(MTPConfig(vocab_size=corpus.vocab_size, **shape)).to(device)
+
+
+def _pretrained_model(
+    given: dict[str, Any], corpus: Corpus | PreparedCorpus, device: torch.device
+) -> MTPTransformer:
+    directory = given["from"]
+    if wrong := [_option(name) for name in MODEL if name in given and name not in READING]:
+        raise ValueError(f"--from {directory} has a shape of its own; give no {', '.join(wrong)}")
+    options = {MODEL[name][0]: given[name] for name in READING if name in given}
+    model = MTPTransformer.from_pretrained(directory, device=device, **options)
+    check_tokenizer(directory, model.config.vocab_size, corpus)
+    return model
 
 
 def _corpus(files: Sequence[Path], seed: int) -> Corpus | PreparedCorpus:
@@ -160,6 +197,8 @@ def _corpus(files: Sequence[Path], seed: int) -> Corpus | PreparedCorpus:
 def _resumed_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     if args.files:
         raise ValueError("--resume goes on with the files of its run; give none")
+    if given := [_option(name) for name in _given(args)]:
+        raise ValueError(f"--resume goes on as its run began; give no {', '.join(given)}")
     train_tokens, validation_tokens = load_corpus(args.resume).read()
     return Trainer.resume(args.resume, train_tokens, validation_tokens, device)
 

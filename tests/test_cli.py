@@ -95,6 +95,7 @@ def test_bad_input_through_a_process(arguments, words, tmp_path):
         ("train --resume MISSING", ["cannot be resumed"]),
         ("train --resume CHECKPOINT", ["cannot be resumed"]),
         ("train TEXT --resume CHECKPOINT", ["give none"]),
+        ("train --resume CHECKPOINT --steps 9 --seed 0", ["give no", "--steps", "--seed"]),
         ("demo --out UNWRITABLE/a", ["UNWRITABLE"]),
         ("demo --out NEW --minutes 0", ["minutes must be positive, got 0"]),
         ("generate CHECKPOINT --prompt x --heads 0", ["n_heads must be in [1, 2], got 0"]),

@@ -148,6 +148,10 @@ def test_train_takes_a_prepared_corpus(files, tokenizer, tmp_path, capsys):
     assert load_corpus(checkpoint) == PreparedCorpus.open(out.resolve())
     assert run("train", "--resume", checkpoint) == 0
     assert len(read_metrics(checkpoint)) == 2
+    assert run("generate", checkpoint, "--prompt", "def ", "--max-new-tokens", 4) == 0
+    assert json.loads((checkpoint / "generation_config.json").read_text()) == {
+        "eos_token_id": corpus.separator
+    }
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,12 @@ class PreparedCorpus:
         size = 1 if self.vocab_size <= 1 << 8 else 2 if self.vocab_size <= 1 << 16 else 4
         return np.dtype(f"<u{size}")
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The `tokenizer.json` that made the tokens; None if they are bytes."""
+        file = self.directory / TOKENIZER_FILE
+        return file if file.is_file() else None
+
     def read(self) -> tuple[Tokens, Tokens]:
         """Map the tokens of training and of validation into memory."""
         tokens = np.memmap(self.directory / TOKENS_FILE, self.dtype, mode="r")
