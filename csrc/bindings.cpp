@@ -122,10 +122,6 @@ DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_
                            float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t capacity,
                            int64_t sequence_stride, int64_t batch, int64_t rows, uintptr_t start,
                            uintptr_t x, uintptr_t last_input) {
-  if (batch * rows > kMaxDecodeRows) {
-    throw std::invalid_argument("batch * rows: expected at most " + std::to_string(kMaxDecodeRows) +
-                                ", got " + std::to_string(batch * rows));
-  }
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -277,7 +273,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
   m.def("decode_keys_values", cpu_entry(decode_keys_values_cpu, decode_params), without_gil());
   m.def("decode_heads", cpu_entry(decode_heads_cpu, decode_params), without_gil());
-  m.attr("MAX_DECODE_ROWS") = kMaxDecodeRows;
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
         without_gil());

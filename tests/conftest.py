@@ -31,6 +31,13 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_simd_level(len(SIMD_LEVELS) - 1)
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode once with what runs the layers on a CPU, once with what runs them on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr("mtp_fast.decoding.incremental.runs_on_cpu", lambda blocks: False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulated",

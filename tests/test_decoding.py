@@ -12,6 +12,8 @@ from mtp_fast.decoding.speculative import STEPS_PER_CHECK, _Decoder
 from mtp_fast.models import MTPTransformer
 from tiny_models import CONFIG, cyclic_model, ragged_prompts, sharp_model
 
+pytestmark = pytest.mark.usefixtures("layers")
+
 
 @torch.no_grad()
 def greedy_by_recomputation(model: MTPTransformer, prompt: torch.Tensor, count: int):

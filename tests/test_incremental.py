@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mtp_fast.decoding.incremental import IncrementalModel
 from tiny_models import sharp_model
+
+pytestmark = pytest.mark.usefixtures("layers")
 
 
 @torch.no_grad()
@@ -68,16 +71,3 @@ def test_bfloat16_weights_keep_float32_between_the_products():
     assert trunk.dtype == hidden.dtype == cached.logits(hidden).dtype == torch.float32
     error = (cached.logits(hidden) - exact).abs().max()
     assert error < 1.5 * (model.logits(tokens).float() - exact).abs().max()
-
-
-@torch.no_grad()
-def test_a_row_has_the_same_bits_beside_any_others():
-    model = sharp_model().bfloat16()
-    tokens = torch.randint(0, 40, (3, 1))
-    start = torch.zeros(3, dtype=torch.int64)
-    many = IncrementalModel(model, 4, batch=3, capacity=4)
-    _, together = many.forward(tokens, many.rows(start, 1, 1))
-    for b in range(3):
-        single = IncrementalModel(model, 4, batch=1, capacity=4)
-        _, alone = single.forward(tokens[b : b + 1], single.rows(start[:1], 1, 1))
-        assert torch.equal(alone[0], together[b])

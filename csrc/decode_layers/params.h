@@ -1,5 +1,5 @@
-// Transformer blocks over a few new rows of each sequence, against cached keys and values: all the
-// layers of a decode step in one call. Between the products everything is float32; the products
+// Transformer blocks over new rows of each sequence, against cached keys and values: all the layers
+// of a decode step in one call. Between the products everything is float32; the products
 // take the weights as the model stores them and their inputs rounded to the same dtype.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace mtp {
 
 // One block: x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))).
-// mtp_fast/decoding/few_rows.py fills tables of these, field by field.
+// mtp_fast/decoding/cpu_blocks.py fills tables of these, field by field.
 struct DecodeBlock {
   const float* attention_scale;  // (dim): the norm's weight
   const void* qkv;               // ((n_queries + 2 n_keys) * head_dim, dim)
@@ -39,9 +39,6 @@ struct DecodeParams {
   float norm_eps;
   DType dtype;  // of the weights
 };
-
-// The most rows, batch * rows, that a call takes.
-constexpr int64_t kMaxDecodeRows = 16;
 
 // The blocks one after the other, then the final norm: x (batch * rows, dim), in place.
 template <SimdLevel level>

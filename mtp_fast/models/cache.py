@@ -48,7 +48,7 @@ class KVCache:
         k, v = self._storage[layer, :, :, :, :length].unbind(1)
         return k, v
 
-    def first_heads(self, layer: int, head: int = 0) -> tuple[Tensor, Tensor]:
-        """Return keys and values (heads, capacity, head_dim) of sequence 0, from `head` on."""
-        k, v = self._storage[layer, 0, :, head:]
+    def first_sequence(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values (n_kv_heads, capacity, head_dim) of sequence 0."""
+        k, v = self._storage[layer, 0]
         return k, v

@@ -1,6 +1,6 @@
 """A decode step's layers in one call, against the model's own forward, with every instruction set.
 
-The kernel is driven through `IncrementalModel`, which hands it every call of few rows on a CPU.
+The kernel is driven through `IncrementalModel`, which hands it all that it does on a CPU.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import copy
 import pytest
 import torch
 
-from mtp_fast.decoding import few_rows
-from mtp_fast.decoding.few_rows import MAX_ROWS, FewRowBlocks, runs_few_rows
+from mtp_fast.decoding import cpu_blocks
+from mtp_fast.decoding.cpu_blocks import CPUBlocks, runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel
-from mtp_fast.models.cache import KVCache
 from mtp_fast.models.transformer import rope_table
 from tiny_models import sharp_model
 
@@ -44,13 +43,13 @@ def model_with_biases(**changes):
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from now on."""
     calls: list[str] = []
-    call = few_rows.call_kernel
+    call = cpu_blocks.call_kernel
 
     def recorded(name, *args):
         calls.append(name)
         return call(name, *args)
 
-    monkeypatch.setattr(few_rows, "call_kernel", recorded)
+    monkeypatch.setattr(cpu_blocks, "call_kernel", recorded)
     return calls
 
 
@@ -66,7 +65,8 @@ def test_against_the_models_forward_in_float64(simd_level, monkeypatch, dtype, s
     tokens = torch.randint(0, 40, (3, 30))
     cached = IncrementalModel(model, 4, batch=3, capacity=32)
     cached.forward(tokens[:, :20], cached.rows(torch.zeros(3, dtype=torch.int64), 20, 20))
-    assert calls == []  # too many rows
+    assert calls == ["decode_layers", "decode_keys_values"]  # the prompts, in one piece
+    calls.clear()
     start = torch.tensor([0, 7, 19])
     granted = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
     for _ in range(2):
@@ -110,23 +110,23 @@ def test_a_row_has_the_same_bits_beside_any_others(simd_level, dtype):
 def test_long_contexts_attend_to_everything(simd_level):
     """More cached positions than a tile has, each of which counts."""
     model = sharp_model(max_seq_len=700)
-    tokens = torch.randint(0, 40, (1, 700))
-    cached = IncrementalModel(model, 1, batch=1, capacity=700)
-    zero = torch.zeros(1, dtype=torch.int64)
-    cached.forward(tokens[:, :690], cached.rows(zero, 690, 690))
-    _, hidden = cached.forward(tokens[:, 690:], cached.rows(zero + 690, 10, 700))
+    tokens = torch.randint(0, 40, (2, 700))
+    cached = IncrementalModel(model, 1, batch=2, capacity=700)
+    zero = torch.zeros(2, dtype=torch.int64)
+    hidden = [
+        cached.forward(piece, cached.rows(zero + begin, piece.shape[1], 700))[1]
+        for begin, piece in ((0, tokens[:, :690]), (690, tokens[:, 690:]))
+    ]
     torch.testing.assert_close(
-        cached.logits(hidden), model.logits(tokens)[:, 690:], rtol=1e-4, atol=1e-4
+        cached.logits(torch.cat(hidden, 1)), model.logits(tokens), rtol=1e-4, atol=1e-4
     )
 
 
-def some_blocks(capacity: int) -> tuple[FewRowBlocks, int]:
+def some_blocks(capacity: int) -> tuple[CPUBlocks, int]:
     model = sharp_model()
-    config, blocks = model.config, list(model.trunk.blocks)
-    cache = KVCache(1, 2, capacity, config.n_kv_heads, config.head_dim, torch.empty(0))
+    config = model.config
     rope = rope_table(config.head_dim, capacity, config.rope_theta, config.rope_scaling)
-    final = model.norm.weight
-    return FewRowBlocks(config, blocks, cache, [(0, 0)] * len(blocks), rope, final), config.dim
+    return CPUBlocks(config, list(model.trunk.blocks), model.norm, 2, rope), config.dim
 
 
 @pytest.mark.parametrize("start", [[0, 7], [-1, 0]])
@@ -141,17 +141,10 @@ def test_rows_outside_the_cache_are_refused(start):
         blocks.store_keys_values(x, positions)
 
 
-@torch.no_grad()
-def test_too_many_rows_are_refused():
-    blocks, dim = some_blocks(capacity=32)
-    with pytest.raises(ValueError, match=rf"batch \* rows: expected at most {MAX_ROWS}, got 18"):
-        blocks.layers(torch.zeros(2, 9, dim), torch.zeros(2, dtype=torch.int64))
-
-
 def test_which_blocks_the_kernel_runs():
     model = sharp_model()
-    assert runs_few_rows(model.trunk.blocks)
-    assert not runs_few_rows(model.double().trunk.blocks)
+    assert runs_on_cpu(model.trunk.blocks)
+    assert not runs_on_cpu(model.double().trunk.blocks)
     model.float().trunk.blocks[0].ffn.down.bfloat16()
-    assert not runs_few_rows(model.trunk.blocks)
-    assert not runs_few_rows(sharp_model().to("meta").trunk.blocks)
+    assert not runs_on_cpu(model.trunk.blocks)
+    assert not runs_on_cpu(sharp_model().to("meta").trunk.blocks)

@@ -1,8 +1,8 @@
-"""Transformer blocks over a few new rows on a CPU, through one call of the kernel.
+"""Transformer blocks over new rows on a CPU, through one call of a kernel.
 
 A decode step is a few rows through many layers. Done op by op it would spend most of its time
 between the ops; csrc/decode_layers runs whole layers, and reads the weights where the model has
-them.
+them. Prompts go the same way, in pieces.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtp_fast._C import MAX_DECODE_ROWS
+from mtp_fast.decoding.rows import Rows
 from mtp_fast.models import Block, KVCache, MTPConfig
 from mtp_fast.ops._common import DTYPE_CODES, call_kernel
 
-# Beyond it torch's blocked products read the weights no more often.
-MAX_ROWS = MAX_DECODE_ROWS
+# Rows of one call, all sequences together: as many as the caches take beside the weights.
+ROWS_PER_CALL = 64
 
 
-def runs_few_rows(blocks: Sequence[Block]) -> bool:
-    """Whether `FewRowBlocks` can run `blocks`: on a CPU, all weights in one dtype that it knows."""
+def runs_on_cpu(blocks: Sequence[Block]) -> bool:
+    """Whether `CPUBlocks` can run `blocks`: on a CPU, all weights in one dtype that it knows."""
     weights = [p for block in blocks for p in block.parameters() if p.ndim == 2]
     kinds = {(p.device.type, p.dtype) for p in weights}
     return len(kinds) == 1 and all(
@@ -29,40 +29,76 @@ def runs_few_rows(blocks: Sequence[Block]) -> bool:
     )
 
 
-class FewRowBlocks:
-    """Blocks with their caches, for calls of at most `MAX_ROWS` rows in all.
+class CPULayers:
+    """Trunk and heads with their caches; parameters as of `TorchLayers`, all read in place."""
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        blocks: Sequence[Block],
+        drafting: Sequence[Block],
+        norm: nn.RMSNorm,
+        batch: int,
+        rope: Tensor,
+    ) -> None:
+        self._blocks = CPUBlocks(config, blocks, norm, batch, rope)
+        self._drafting = CPUBlocks(config, drafting, norm, batch, rope) if drafting else None
+
+    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `IncrementalModel.forward`, of `x` (B, S, dim)."""
+        size = max(1, ROWS_PER_CALL // len(x))
+        pieces = [
+            self._piece(x[:, begin : begin + size], rows.start + begin)
+            for begin in range(0, x.shape[1], size)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        trunk, hidden = zip(*pieces, strict=True)
+        return torch.cat(trunk, 1), torch.cat(hidden, 1)
+
+    def _piece(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        trunk, hidden = self._blocks.layers(x, start)
+        if self._drafting is not None:
+            self._drafting.store_keys_values(trunk, start)
+        return trunk, hidden
+
+    def draft(self, trunk: Tensor, row: Rows) -> Tensor:
+        """Map one row a sequence `trunk` (B, dim) to the drafting heads' outputs (H, B, dim)."""
+        assert self._drafting is not None
+        return self._drafting.heads(trunk, row.start)
+
+
+class CPUBlocks:
+    """Blocks with their caches.
 
     Parameters
     ----------
     config : MTPConfig
         The blocks' shape.
     blocks : sequence of Block
-        N blocks for which `runs_few_rows`; their weights are read in place.
-    cache : KVCache
-        Their keys and values, float32.
-    places : sequence of (int, int)
-        Each block's layer of the cache, and its first key/value head there.
+        N blocks for which `runs_on_cpu`; their weights are read in place.
+    norm : nn.RMSNorm
+        The norm behind the blocks.
+    batch : int
+        Sequences.
     rope : Tensor
         (capacity, 2, 1, head_dim) float32: `rope_table`.
-    final_scale : Tensor
-        (dim,): weight of the norm behind the blocks.
     """
 
     def __init__(
         self,
         config: MTPConfig,
         blocks: Sequence[Block],
-        cache: KVCache,
-        places: Sequence[tuple[int, int]],
+        norm: nn.RMSNorm,
+        batch: int,
         rope: Tensor,
-        final_scale: Tensor,
     ) -> None:
+        cache = KVCache(len(blocks), batch, len(rope), config.n_kv_heads, config.head_dim, rope)
         self._n_blocks, self._rope = len(blocks), rope
-        self._final_scale = final_scale.float().contiguous()
+        self._final_scale = norm.weight.detach().float().contiguous()
         # What the table points to must live as long as it does.
         self._pointed_to = [
-            [*_weights(block), *cache.first_heads(*place)]
-            for block, place in zip(blocks, places, strict=True)
+            [*_weights(block), *cache.first_sequence(layer)] for layer, block in enumerate(blocks)
         ]
         self._table = torch.tensor(
             [[0 if t is None else t.data_ptr() for t in row] for row in self._pointed_to]
