@@ -102,6 +102,14 @@ auto cuda_entry(Status (*kernel)(const Params&, void*), Params (*make)(Args...))
     raise_if(kernel(make(args...), pointer<void>(stream)));
   };
 }
+
+int64_t acceptance_exchange(int device, uintptr_t, int64_t batch, int64_t vocab) {
+  const DeviceGuard guard(device);
+  raise_if(guard.status());
+  int64_t bytes = 0;
+  raise_if(acceptance_exchange_bytes(batch, vocab, bytes));
+  return bytes;
+}
 #endif
 
 FewRowLinearParams few_row_linear_params(int dtype, uintptr_t x, uintptr_t weight,
@@ -182,7 +190,7 @@ AcceptParams accept_params(int dtype, int64_t batch, int64_t max_draft, int64_t 
                            int64_t seed, uintptr_t positions, int64_t position, int rule,
                            double typical_epsilon, double typical_delta, int64_t eos_token,
                            int64_t pad_token, uintptr_t tokens, uintptr_t num_tokens,
-                           uintptr_t num_accepted, uintptr_t logprobs) {
+                           uintptr_t num_accepted, uintptr_t logprobs, uintptr_t exchange) {
   AcceptParams p{};
   p.target = {pointer<const void>(target), target_batch_stride, target_row_stride};
   p.draft = {pointer<const void>(draft), draft_batch_stride, draft_row_stride};
@@ -194,6 +202,7 @@ AcceptParams accept_params(int dtype, int64_t batch, int64_t max_draft, int64_t 
   p.num_tokens = pointer<int32_t>(num_tokens);
   p.num_accepted = pointer<int32_t>(num_accepted);
   p.logprobs = pointer<float>(logprobs);
+  p.exchange = pointer<unsigned char>(exchange);
   p.batch = batch;
   p.max_draft = max_draft;
   p.vocab = vocab;
@@ -210,12 +219,14 @@ SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t lo
                            int64_t batch_stride, uintptr_t temperatures, double temperature,
                            uintptr_t top_ks, int64_t top_k, uintptr_t top_ps, double top_p,
                            uintptr_t min_ps, double min_p, uintptr_t seeds, int64_t seed,
-                           uintptr_t positions, int64_t position, int64_t index, uintptr_t tokens) {
+                           uintptr_t positions, int64_t position, int64_t index, uintptr_t tokens,
+                           uintptr_t exchange) {
   SampleParams p{};
   p.logits = {pointer<const void>(logits), batch_stride, 0};
   p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,
                                min_p, seeds, seed, positions, position);
   p.tokens = pointer<int64_t>(tokens);
+  p.exchange = pointer<unsigned char>(exchange);
   p.batch = batch;
   p.vocab = vocab;
   p.index = index;
@@ -284,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_cuda", cuda_entry(cross_entropy_cuda, cross_entropy_params), without_gil());
   m.def("speculative_accept_cuda", cuda_entry(speculative_accept_cuda, accept_params),
         without_gil());
+  m.def("acceptance_exchange_cuda", &acceptance_exchange);
   m.def("sample_cuda", cuda_entry(sample_cuda, sample_params), without_gil());
 #endif
   m.def("build_info", &build_info);

@@ -50,6 +50,10 @@ CASES = [
     Case(129, BF16, batch=30, filters=(("top_k", 1),)),
     Case(300, HALF, batch=30, filters=(("top_k", 2),), coarse=True),
     Case(70_001, FLOAT, batch=2),
+    # Alone in its batch, a sequence is split over a cooperative grid on sm_80.
+    Case(5003, HALF, batch=1, rule="typical", filters=(TOP_P,)),
+    Case(20011, FLOAT, batch=1, rule="block", stochastic=True, filters=(TOP_P,)),
+    Case(20011, BF16, batch=1, coarse=True, filters=(("top_k", 300), MIN_P)),
 ]
 
 
@@ -142,7 +146,8 @@ def emulated(em: emulator.Emulator) -> Iterator[None]:
 
 @needs_emulator
 @pytest.mark.parametrize(
-    ("capability", "schedule"), [(90, "forward"), (90, "shuffled"), (80, "reverse")]
+    ("capability", "schedule"),
+    [(90, "forward"), (90, "shuffled"), (80, "reverse"), (80, "shuffled")],
 )
 @pytest.mark.parametrize("case", CASES, ids=describe)
 def test_emulated_equals_cpu(em, case, capability, schedule):
@@ -168,9 +173,10 @@ def test_cuda_equals_cpu(case):
 
 
 @pytest.mark.cuda
-def test_step_is_captured_in_a_graph():
+@pytest.mark.parametrize("batch", [1, 6])
+def test_step_is_captured_in_a_graph(batch):
     """The graph reads logits, seeds and positions where they were; only their values change."""
-    case = Case(5003, BF16, stochastic=True, filters=(TOP_P,))
+    case = Case(5003, BF16, batch=batch, stochastic=True, filters=(TOP_P,))
     first = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in problem(case).items()}
     run(first)
     torch.cuda.synchronize()
@@ -185,20 +191,23 @@ def test_step_is_captured_in_a_graph():
 
 
 @needs_emulator
-def test_one_sequence_is_split_over_a_cluster(em):
+def test_one_sequence_is_split_over_blocks(em):
     arguments = problem(Case(50257, BF16, batch=1, width=0))
     for capability, cluster in [(90, 8), (80, 1)]:
         em.set_device(capability)
         counters = em.measure()
         with emulated(em):
             sample(arguments["target_logits"][:, 0])
-        assert (counters.launches, counters.cluster, counters.threads) == (1, cluster, 512)
+        assert (counters.launches, counters.blocks, counters.threads) == (1, 8, 512)
+        assert counters.cluster == cluster
 
 
 @needs_emulator
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("batch", [1, 7])
-def test_bytes_moved(em, batch):
+def test_bytes_moved(em, batch, capability):
     """As the head of cuda.cu states them: a greedy row is read once, a sampled one twice."""
+    em.set_device(capability)
     vocab, width = 50257, 3
     logits = torch.randn(batch, width + 1, vocab).bfloat16()
     drafts = logits[:, :-1].argmax(-1)
@@ -207,16 +216,15 @@ def test_bytes_moved(em, batch):
         counters = em.measure()
         speculative_accept(logits, drafts)
         # A tile for each argmax, by each of the warps.
-        assert counters.read == pytest.approx(
-            batch * (width + 1) * (row + tile * counters.threads / 32 * counters.cluster), rel=0.05
-        )
+        warps = counters.blocks * counters.threads / 32
+        assert counters.read == pytest.approx((width + 1) * (batch * row + warps * tile), rel=0.05)
         rejected = torch.full_like(drafts, vocab)  # no draft at all: one row is judged
         counters = em.measure()
         speculative_accept(logits, rejected, temperature=1.0)
-        assert counters.read == pytest.approx(
-            batch * (2 * row + tile * counters.threads / 32 * counters.cluster), rel=0.05
-        )
-        assert counters.written == 0  # tokens and counts are not counted: a few bytes a sequence
+        assert counters.read == pytest.approx(batch * 2 * row + warps * tile, rel=0.05)
+        # Maxima and sums of 99 tiles; tokens and counts, a few bytes a sequence, are not counted.
+        in_a_grid = capability == 80 and batch == 1
+        assert counters.written == (2 * 99 * 4 if in_a_grid else 0)
         assert counters.shared_bytes == 14848
 
 

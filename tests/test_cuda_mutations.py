@@ -27,6 +27,7 @@ ACCEPTANCE = "acceptance/cuda.cu"
 ROW = "acceptance/cuda_row.cuh"
 FILTERS = "acceptance/cuda_filters.cuh"
 LANE = "cuda/lane.cuh"
+TEAM = "cuda/team.cuh"
 CROSS_ENTROPY = "cross_entropy/cuda.cu"
 FORMULAS = "cross_entropy/math.h"
 REDUCE = "cuda/reduce.cuh"
@@ -84,8 +85,12 @@ MUTATIONS = [
     Mutation(ROW, "(lane < body - begin)", "(lane < body - begin - 1)"),
     Mutation(ROW, "(lane < end - tail)", "(lane < end - tail - 1)"),
     Mutation(ROW, "first += kBatch * kWarp", "first += 2 * kBatch * kWarp"),
-    Mutation(ROW, "cluster.rank * warps", "cluster.rank + warps"),
-    Mutation(ROW, "lane < cluster.size)", "lane < cluster.size - 1)"),
+    Mutation(ROW, "team.rank() * warps", "team.rank() + warps"),
+    Mutation(TEAM, "lane < size())", "lane < size() - 1)"),
+    Mutation(TEAM, "block * shared_bytes_", "shared_bytes_"),
+    Mutation(TEAM, "image(words + i, rank())", "image(words + i, 0)"),
+    Mutation(TEAM, "array && i < count;", "array && i < count - 1;"),
+    Mutation(TEAM, "turn_ ^= 1;", ""),
     # Its searches.
     Mutation(
         ROW,
@@ -99,7 +104,7 @@ MUTATIONS = [
     Mutation(ROW, "z == max && id < best", "z == max"),
     Mutation(ROW, "id <= last_tie", "id < last_tie"),
     Mutation(ROW, "weight(scratch.max[tile], max))", "1.0f)"),
-    Mutation(FILTERS, "block < cluster.size", "block < 1"),
+    Mutation(FILTERS, "block < tiles.team.size()", "block < 1"),
     Mutation(FILTERS, "if (key > range.high) return;", ""),
     Mutation(FILTERS, "before + of_bin(bin) >= target", "before + of_bin(bin) > target"),
     Mutation(FILTERS, "other < tile)", "other > tile)"),
@@ -108,11 +113,13 @@ MUTATIONS = [
     Mutation(ACCEPTANCE, "Lane(q) * Lane(on_q)", "Lane(q) * Lane(on_p)"),
     Mutation(LANE, "return x * power(half) * power(whole - half)", "return x * power(half)"),
     # Its barriers, each line of them.
-    Mutation(ROW, "cluster.sync();\n    for_mine", "for_mine"),
-    Mutation(ROW, "for_mine(f);\n    cluster.sync();", "for_mine(f);"),
+    Mutation(TEAM, "if (!is_grid()) sync();\n", "\n"),
+    Mutation(TEAM, "f();\n    sync();", "f();"),
+    Mutation(TEAM, "__syncthreads();\n    // The images", "// The images"),
+    Mutation(TEAM, "__syncthreads();\n    const auto* words", "const auto* words"),
     Mutation(FILTERS, "__syncthreads();", ""),
-    Mutation(FILTERS, "cluster.sync();\n", "\n"),
-    Mutation(FILTERS, "cluster.sync();  //", "//"),
+    Mutation(FILTERS, "tiles.team.sync();\n", "\n"),
+    Mutation(FILTERS, "tiles.team.sync();  //", "//"),
 ]
 
 
@@ -139,7 +146,7 @@ def test_planted_fault_is_noticed(sources, mutation):
     # In a process of its own: a mutant may write anywhere, or never end.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-m", "not cuda", "-k", "emulated or too_long"]
-    acceptance = mutation.file in (ACCEPTANCE, ROW, FILTERS, LANE)
+    acceptance = mutation.file in (ACCEPTANCE, ROW, FILTERS, LANE, TEAM)
     command += [f"tests/test_cuda_{'acceptance' if acceptance else 'cross_entropy'}.py"]
     environment = {**os.environ, "MTP_EMULATOR_LIBRARY": str(library)}
     try:

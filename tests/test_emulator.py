@@ -42,6 +42,7 @@ def line(text: str, occurrence: int = 0) -> str:
         ("late remote store", r"shared memory of a block that has ended .*block 1"),
         ("foreign block", r"a block outside the cluster"),
         ("no wait", r"two arrivals at the cluster barrier without a wait"),
+        ("grid barrier", r"grid barrier in a launch that is not cooperative"),
     ],
 )
 def test_fault_is_reported(em, fault, expected):
@@ -73,6 +74,10 @@ def test_shared_memory_starts_poisoned(em):
         (90, (3, 32, 0, 2), "Invalid cluster size"),
         (80, (2, 32, 0, 2), "Invalid cluster size"),
         (90, (1 << 31, 32, 0, 1), "too many rows for one launch"),
+        (80, (64, 1024, 0, 1, True), ""),
+        (80, (65, 1024, 0, 1, True), "too many blocks in cooperative launch"),
+        (80, (33, 32, 100 << 10, 1, True), "too many blocks in cooperative launch"),
+        (120, (33, 1024, 0, 1, True), "too many blocks in cooperative launch"),
     ],
 )
 def test_launch_limits(em, capability, shape, error):

@@ -2,16 +2,21 @@
 // nothing that the host has to wait for; seeds, positions and all other values by sequence are read
 // from device memory.
 //
-// A cluster of 1, 2, 4 or 8 blocks takes one sequence (one block where there are no clusters). All
-// its threads run Judge side by side: what a decision depends on is the same in all of them, and
-// each step through a row is one of the collectives of cuda_row.cuh.
+// A team of 1, 2, 4 or 8 blocks, a cluster, takes one sequence. Where there are no clusters (before
+// sm_90) that is one block, or for a batch of one up to 8 blocks, a cooperative grid that exchanges
+// through global memory. All threads of the team run Judge side by side: what a decision depends on
+// is the same in all of them, and each step through a row is one of the collectives of
+// cuda_row.cuh.
 //
 // Bytes per row of V logits of size s, where it is judged: sV from global memory, and sV again from
 // the nearest cache if the sequence is sampled. A filter reads the tiles (math.h) again that reach
 // its threshold: once for each of its histograms and once for the sums. The row that a token is
 // drawn from: one tile; under draft logits both rows once more, for the residual. Rows after the
 // first rejection (under the block rule: after the last draft) are not read. Log-probabilities: 2sV
-// for each token emitted.
+// for each token emitted. A cooperative grid moves besides, through the L2 cache, 4 bytes a tile
+// written and as many read by each block for each maximum and each sum, and for each histogram 6
+// KiB written by each block and up to 6 KiB read from each block by each.
+//
 // Shared memory: 14.5 KiB.
 #include <cfloat>
 #include <climits>
@@ -34,7 +39,7 @@ struct AcceptanceTraits {
 };
 
 struct SharedMemory {
-  Bins bins;
+  SharedBins bins;
   TileScratch target, draft;
   float sums[kMaxTiles];
 };
@@ -120,7 +125,7 @@ class Rows {
 
   template <class F>
   __device__ void sum_tiles(const F& weight) {
-    tiles_.gather([&](int tile) {
+    const auto sum_tile = [&](int tile) {
       float sum = 0.0f;
       if (shared().target.max[tile] >= target_.floor) {  // no weight without p's
         const int end = static_cast<int>(tiles_.end(tile));
@@ -130,8 +135,9 @@ class Rows {
           sum += weight(id);
         }
       }
-      tiles_.publish(shared().sums, tile, warp_reduce(sum, Sum{}));
-    });
+      tiles_.team.publish(shared().sums + tile, warp_reduce(sum, Sum{}));
+    };
+    tiles_.gather(sum_tile, shared().sums);
   }
 
   // Weight of max(P p - q, 0) at an id; for a deterministic draft that of P p without it.
@@ -159,22 +165,21 @@ class Rows {
   Distribution<T> target_, draft_;
 };
 
-// Grid: a cluster for each sequence.
+// Grid: a team for each sequence.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
     speculative_accept_kernel(const __grid_constant__ AcceptParams p) {
   using T = typename Traits::Storage;
-  const Cluster cluster = Cluster::current();
-  const int64_t b = static_cast<int64_t>(blockIdx.x) / cluster.size;
+  const Tiles tiles(p.vocab, Team(p.exchange, sizeof(SharedMemory)));
+  const int64_t b = tiles.team.index();
   const int64_t width = p.max_draft + 1;
   const int64_t* drafts = p.draft_tokens + b * p.max_draft;
-  const Tiles tiles(p.vocab);
   Rows<T> rows(p, b, tiles);
   Decision decision{0, -1};
   if (out_of_range(p, b) == nullptr) decision = Judge<Rows<T>>(rows, p, b).decide();
   const int64_t emitted = decision.accepted + (decision.next >= 0 ? 1 : 0);
   const auto token = [&](int64_t i) { return i < decision.accepted ? drafts[i] : decision.next; };
-  const bool writes = cluster.rank == 0;
+  const bool writes = tiles.team.rank() == 0;
   if (writes && threadIdx.x == 0) {
     p.num_tokens[b] = static_cast<int32_t>(emitted);
     p.num_accepted[b] = static_cast<int32_t>(decision.accepted);
@@ -196,9 +201,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
     sample_kernel(const __grid_constant__ SampleParams p) {
   using T = typename Traits::Storage;
-  const Cluster cluster = Cluster::current();
-  const int64_t b = static_cast<int64_t>(blockIdx.x) / cluster.size;
-  const Tiles tiles(p.vocab);
+  const Tiles tiles(p.vocab, Team(p.exchange, sizeof(SharedMemory)));
+  const int64_t b = tiles.team.index();
   Distribution<T> d(tiles, shared().target);
   int64_t token = -1;
   if (out_of_range(p, b) == nullptr && read_filtered(d, p.logits.row<T>(b, 0), p.sampling, b)) {
@@ -206,28 +210,46 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
     token = p.sampling.temperature[b] == 0.0 ? d.argmax()
                                              : d.sample(draws.uniform(p.index, Salt::kDraft));
   }
-  if (cluster.rank == 0 && threadIdx.x == 0) p.tokens[b] = token;
+  if (tiles.team.rank() == 0 && threadIdx.x == 0) p.tokens[b] = token;
 }
 
-// One kernel over a batch: as many warps as a row has tiles, as far as the device has room for
-// them.
+// As many warps as a row has tiles, as far as the device has room for them.
+struct Plan {
+  int team, threads;  // team: blocks for each sequence
+  bool cooperative;
+};
+
+template <class Traits, class Params>
+Status plan_sequences(void (*kernel)(Params), int64_t batch, int64_t vocab, const Device& device,
+                      Plan& plan) {
+  bool clusters = false;
+  const Status status = compiled_with_clusters(kernel, clusters);
+  clusters = clusters && device.has_clusters;
+  const int tiles = Tiling(vocab).count;
+  constexpr int kMaxWarps = Traits::kMaxThreads / kWarp;
+  plan = {1, (tiles < kMaxWarps ? tiles : kMaxWarps) * kWarp, false};
+  // A cooperative grid is one team.
+  while ((clusters || batch == 1) && plan.team < kMaxCluster && tiles > kMaxWarps * plan.team &&
+         2 * batch * plan.team <= device.sms) {
+    plan.team *= 2;
+  }
+  plan.cooperative = !clusters && plan.team > 1;
+  return status;
+}
+
+// One kernel over a batch.
 template <class Traits, class Params>
 Status launch_sequences(void (*kernel)(Params), const Params& p, const Device& device,
                         void* stream) {
   if (p.batch == 0) return {};
-  bool clusters = false;
-  const Status status = compiled_with_clusters(kernel, clusters);
+  Plan plan;
+  const Status status = plan_sequences<Traits>(kernel, p.batch, p.vocab, device, plan);
   if (!status.ok()) return status;
-  const int tiles = Tiling(p.vocab).count;
-  constexpr int kMaxWarps = Traits::kMaxThreads / kWarp;
-  int cluster = 1;
-  while (clusters && device.has_clusters && cluster < kMaxCluster && tiles > kMaxWarps * cluster &&
-         2 * p.batch * cluster <= device.sms) {
-    cluster *= 2;
-  }
-  const int warps = tiles < kMaxWarps ? tiles : kMaxWarps;
-  return launch(kernel, {p.batch * cluster, warps * kWarp, sizeof(SharedMemory), cluster}, stream,
-                p);
+  if (plan.cooperative != (p.exchange != nullptr)) return {"exchange: not as exchange_bytes says"};
+  return launch(kernel,
+                {p.batch * plan.team, plan.threads, sizeof(SharedMemory),
+                 plan.cooperative ? 1 : plan.team, plan.cooperative},
+                stream, p);
 }
 
 template <class Params, class F>
@@ -253,6 +275,17 @@ Status sample_cuda(const SampleParams& p, void* stream) {
     using Traits = decltype(traits);
     return launch_sequences<Traits>(&sample_kernel<Traits>, p, device, stream);
   });
+}
+
+Status acceptance_exchange_bytes(int64_t batch, int64_t vocab, int64_t& bytes) {
+  using Traits = AcceptanceTraits<float>;
+  Device device;
+  Status status = get_device(device);
+  if (!status.ok()) return status;
+  Plan plan;
+  status = plan_sequences<Traits>(&sample_kernel<Traits>, batch, vocab, device, plan);
+  bytes = plan.cooperative ? plan.team * static_cast<int64_t>(sizeof(SharedMemory)) : 0;
+  return status;
 }
 
 }  // namespace mtp

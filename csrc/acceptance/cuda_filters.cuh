@@ -1,5 +1,5 @@
 // The histograms of the filters (filters.h) on a GPU: each block counts its tiles in shared memory,
-// then adds up the bins of all blocks of its cluster.
+// then adds up the bins of all blocks of its team.
 #pragma once
 
 #include "acceptance/cuda_row.cuh"
@@ -9,14 +9,17 @@ namespace mtp {
 
 struct Bins {
   static constexpr int kMax = 512;
-  unsigned long long mass[kMax], all_mass[kMax];  // of this block, of the cluster
-  unsigned count[kMax], all_count[kMax];
+  unsigned long long mass[kMax];
+  unsigned count[kMax];
+};
+struct SharedBins {
+  Bins own, all;  // of this block, of the team
 };
 
 template <class T>
 class Histogram {
  public:
-  __device__ Histogram(const Distribution<T>& d, Bins& bins, float* tile_counts)
+  __device__ Histogram(const Distribution<T>& d, SharedBins& bins, float* tile_counts)
       : d_(d), bins_(bins), tile_counts_(tile_counts) {}
 
   __device__ int max_bins() const { return Bins::kMax; }
@@ -26,7 +29,7 @@ class Histogram {
     filled_ = range.bins;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
-    for (int i = thread; i < filled_; i += threads) bins_.mass[i] = bins_.count[i] = 0;
+    for (int i = thread; i < filled_; i += threads) bins_.own.mass[i] = bins_.own.count[i] = 0;
     __syncthreads();
     const float low = from_order_key<T>(range.low);
     tiles.for_mine([&](int tile) {
@@ -38,40 +41,40 @@ class Histogram {
                        const uint32_t key = order_key<T>(z);
                        if (key > range.high) return;
                        const int bin = range.bin_of(key);
-                       atomicAdd(&bins_.count[bin], 1u);
+                       atomicAdd(&bins_.own.count[bin], 1u);
                        if (measure == Measure::kCount) return;
                        const float units = d_.weight(z, d_.max) * kMassUnits;
-                       atomicAdd(&bins_.mass[bin], static_cast<unsigned long long>(units));
+                       atomicAdd(&bins_.own.mass[bin], static_cast<unsigned long long>(units));
                      });
     });
-    const Cluster cluster = Cluster::current();
-    cluster.sync();
+    tiles.team.expose(bins_.own);
+    tiles.team.sync();
 #pragma unroll 1
     for (int i = thread; i < filled_; i += threads) {
       unsigned long long mass = 0;
       unsigned count = 0;
 #pragma unroll 1
-      for (int block = 0; block < cluster.size; ++block) {
-        mass += *cluster.map(&bins_.mass[i], block);
-        count += *cluster.map(&bins_.count[i], block);
+      for (int block = 0; block < tiles.team.size(); ++block) {
+        mass += tiles.team.exposed(&bins_.own.mass[i], block);
+        count += tiles.team.exposed(&bins_.own.count[i], block);
       }
-      bins_.all_mass[i] = mass;
-      bins_.all_count[i] = count;
+      bins_.all.mass[i] = mass;
+      bins_.all.count[i] = count;
     }
-    cluster.sync();  // before anybody fills again, or ends
+    tiles.team.sync();  // before anybody fills again, or ends
   }
 
   __device__ uint64_t mass() const {
     unsigned long long sum = 0;
 #pragma unroll 1
-    for (int i = lane_in_warp(); i < filled_; i += kWarp) sum += bins_.all_mass[i];
+    for (int i = lane_in_warp(); i < filled_; i += kWarp) sum += bins_.all.mass[i];
     return warp_reduce(sum, Sum{});
   }
 
   // By a whole warp: each lane has a run of neighbouring bins.
   __device__ Crossing cross(const KeyRange& range, Measure measure, uint64_t target) const {
     const auto of_bin = [&](int i) -> unsigned long long {
-      return measure == Measure::kMass ? bins_.all_mass[i] : bins_.all_count[i];
+      return measure == Measure::kMass ? bins_.all.mass[i] : bins_.all.count[i];
     };
     const int lane = lane_in_warp(), run = (range.bins + kWarp - 1) / kWarp;
     const int begin = lane * run;
@@ -89,14 +92,14 @@ class Histogram {
     int bin = begin;
 #pragma unroll 1
     for (; bin < end; ++bin) {
-      if (before + of_bin(bin) >= target && bins_.all_count[bin] > 0) break;
+      if (before + of_bin(bin) >= target && bins_.all.count[bin] > 0) break;
       before += of_bin(bin);
     }
     const unsigned crossed = __ballot_sync(kFullMask, bin < end);
     if (crossed == 0) return {range.bins, 0, 0, 0};
     const int first = __ffs(static_cast<int>(crossed)) - 1;
     bin = __shfl_sync(kFullMask, bin, first);
-    return {bin, __shfl_sync(kFullMask, before, first), of_bin(bin), bins_.all_count[bin]};
+    return {bin, __shfl_sync(kFullMask, before, first), of_bin(bin), bins_.all.count[bin]};
   }
 
   __device__ float kth_largest_tile_max(int64_t k) const {
@@ -118,15 +121,16 @@ class Histogram {
   __device__ int64_t nth_equal(float z, uint64_t n) {
     const Tiles& tiles = d_.tiles;
     const auto equals = [&](int id) { return clean<T>(to_float(load(d_.row + id))) == z; };
-    tiles.gather([&](int tile) {
+    const auto count_tile = [&](int tile) {
       int equal = 0;
       if (d_.scratch.max[tile] >= z) {
         for_each_logit(d_.row, static_cast<int>(tiles.begin(tile)),
                        static_cast<int>(tiles.end(tile)),
                        [&](int, float logit) { equal += logit == z; });
       }
-      tiles.publish(tile_counts_, tile, static_cast<float>(warp_reduce(equal, Sum{})));
-    });
+      tiles.team.publish(tile_counts_ + tile, static_cast<float>(warp_reduce(equal, Sum{})));
+    };
+    tiles.gather(count_tile, tile_counts_);
     const double short_of_n = static_cast<double>(n) - 0.5;
     const Place tile =
         find_place(tiles.count, short_of_n, [&](int i) -> double { return tile_counts_[i]; });
@@ -139,7 +143,7 @@ class Histogram {
 
  private:
   const Distribution<T>& d_;
-  Bins& bins_;
+  SharedBins& bins_;
   float* tile_counts_;  // (kMaxTiles)
   int filled_ = 0;
 };

@@ -1,7 +1,7 @@
 // One row of logits as a distribution, on a GPU: cpu_row.h with a warp in the place of a vector.
 //
-// A cluster of blocks shares the row; a warp takes a tile at a time. The maxima and sums of all
-// tiles are in the shared memory of every block, so that what follows from them (the row's maximum,
+// A team of blocks shares the row; a warp takes a tile at a time. The maxima and sums of all tiles
+// are in the shared memory of every block, so that what follows from them (the row's maximum,
 // its total, the tile that holds an id) each warp finds for itself, with the same result.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include "acceptance/math.h"
 #include "cuda/lane.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/team.cuh"
 
 namespace mtp {
 
@@ -81,35 +82,25 @@ __device__ inline float max_logit(const T* row, int begin, int end) {
   return fminf(warp_reduce(top, Max{}), kLargest<T>);
 }
 
-// A row's tiles, and the warps that share them. What the hardware knows is asked of it again and
-// again: registers are few.
+// A row's tiles, and the warps that share them.
 struct Tiles : Tiling {
-  __device__ explicit Tiles(int64_t vocab) : Tiling(vocab) {}
+  Team team;
+
+  __device__ Tiles(int64_t vocab, const Team& team) : Tiling(vocab), team(team) {}
 
   // f(tile) for this warp's share.
   template <class F>
   __device__ void for_mine(const F& f) const {
-    const Cluster cluster = Cluster::current();
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    const int warp = cluster.rank * warps + static_cast<int>(threadIdx.x) / kWarp;
+    const int warp = team.rank() * warps + static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll 1
-    for (int tile = warp; tile < count; tile += cluster.size * warps) f(tile);
+    for (int tile = warp; tile < count; tile += team.size() * warps) f(tile);
   }
 
-  // The same where f publishes a value of the tile. Before it, all warps are done with what the
-  // array held; after it, all see what it holds.
-  template <class F>
-  __device__ void gather(const F& f) const {
-    const Cluster cluster = Cluster::current();
-    cluster.sync();
-    for_mine(f);
-    cluster.sync();
-  }
-  // array[tile] = value in every block's shared memory.
-  __device__ static void publish(float* array, int tile, float value) {
-    const Cluster cluster = Cluster::current();
-    const int lane = lane_in_warp();
-    if (lane < cluster.size) *cluster.map(array + tile, lane) = value;
+  // The same where f publishes the tile's element of each of `arrays`.
+  template <class F, class... T>
+  __device__ void gather(const F& f, T*... arrays) const {
+    team.gather(count, [&] { for_mine(f); }, arrays...);
   }
 };
 
@@ -209,16 +200,17 @@ struct Distribution {
     floor = -INFINITY;
     last_tie = static_cast<int>(tiles.vocab);
     scale = exponent_scale(temperature);
-    tiles.gather([&](int tile) {
+    const auto read_tile = [&](int tile) {
       const float top =
           max_logit(row, static_cast<int>(tiles.begin(tile)), static_cast<int>(tiles.end(tile)));
-      tiles.publish(scratch.max, tile, top);
+      tiles.team.publish(scratch.max + tile, top);
       if (!with_sums) return;
       // Relative to the tile's own maximum, while the tile is in the nearest cache.
       float sum = 0.0f;
       if (top > -INFINITY) for_each(tile, [&](int, float z) { sum += weight(z, top); });
-      tiles.publish(scratch.sum, tile, warp_reduce(sum, Sum{}));
-    });
+      tiles.team.publish(scratch.sum + tile, warp_reduce(sum, Sum{}));
+    };
+    tiles.gather(read_tile, scratch.max, with_sums ? scratch.sum : nullptr);
     max = -INFINITY;
 #pragma unroll 1
     for (int tile = lane_in_warp(); tile < tiles.count; tile += kWarp) {
@@ -267,15 +259,16 @@ struct Distribution {
 
   // Sums of what the filter left.
   __device__ void sum_kept() {
-    tiles.gather([&](int tile) {
+    const auto sum_tile = [&](int tile) {
       float sum = 0.0f;
       if (scratch.max[tile] >= floor) {
         for_each(tile, [&](int id, float z) {
           if (keeps(id, z)) sum += weight(z, max);
         });
       }
-      tiles.publish(scratch.sum, tile, warp_reduce(sum, Sum{}));
-    });
+      tiles.team.publish(scratch.sum + tile, warp_reduce(sum, Sum{}));
+    };
+    tiles.gather(sum_tile, scratch.sum);
     total = sum_of(tiles.count, sums());
   }
 

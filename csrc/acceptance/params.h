@@ -49,10 +49,11 @@ struct AcceptParams {
   const int64_t* draft_tokens;  // (batch, max_draft)
   PerSequenceInt num_draft;     // in [0, max_draft]
   SamplingParams sampling;
-  int64_t* tokens;        // (batch, max_draft + 1), padded with pad_token
-  int32_t* num_tokens;    // (batch)
-  int32_t* num_accepted;  // (batch)
-  float* logprobs;        // (batch, max_draft + 1), 0 where padded; or null
+  int64_t* tokens;          // (batch, max_draft + 1), padded with pad_token
+  int32_t* num_tokens;      // (batch)
+  int32_t* num_accepted;    // (batch)
+  float* logprobs;          // (batch, max_draft + 1), 0 where padded; or null
+  unsigned char* exchange;  // CUDA: (acceptance_exchange_bytes), 16-byte aligned; null for none
   int64_t batch, max_draft, vocab;
   int64_t eos_token;  // emission ends after it; negative: none
   int64_t pad_token;
@@ -64,7 +65,8 @@ struct AcceptParams {
 struct SampleParams {
   LogitsView logits;  // (batch, 1, vocab)
   SamplingParams sampling;
-  int64_t* tokens;  // (batch); -1 where a row has no finite logit
+  int64_t* tokens;          // (batch); -1 where a row has no finite logit
+  unsigned char* exchange;  // as above
   int64_t batch, vocab;
   int64_t index;  // the draft's place in its block
   DType dtype;
@@ -86,5 +88,9 @@ inline void sample_cpu(const SampleParams& params, int threads) {
 // On the current device, queued on `stream` (a cudaStream_t). Defined in cuda.cu.
 Status speculative_accept_cuda(const AcceptParams& params, void* stream);
 Status sample_cuda(const SampleParams& params, void* stream);
+
+// How much memory the blocks of one call need on the current device to exchange what they find; 0
+// where they have other means. It may hold anything.
+Status acceptance_exchange_bytes(int64_t batch, int64_t vocab, int64_t& bytes);
 
 }  // namespace mtp

@@ -47,7 +47,8 @@ struct LaunchShape {
   int64_t blocks;
   int threads;
   size_t shared_bytes;
-  int cluster;  // blocks in a cluster; divides `blocks`; 1: none
+  int cluster;               // blocks in a cluster; divides `blocks`; 1: none
+  bool cooperative = false;  // all blocks are resident at once, so the grid has a barrier
 };
 
 template <class... Params>
@@ -60,18 +61,27 @@ Status launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream,
         static_cast<int>(shape.shared_bytes)));
     if (!status.ok()) return status;
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[count++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[count++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cuda_status(cudaLaunchKernelEx(&config, kernel, params...));
 }
 

@@ -271,6 +271,7 @@ def _accept(
     draft = (0, 0, 0)
     if draft_logits is not None:
         draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
+    exchange = _exchange(target_logits, batch)
     fault = _common.call_kernel(
         "speculative_accept",
         target_logits,
@@ -294,6 +295,7 @@ def _accept(
         num_tokens.data_ptr(),
         num_accepted.data_ptr(),
         0 if logprobs is None else logprobs.data_ptr(),
+        0 if exchange is None else exchange.data_ptr(),
     )
     if fault is not None and fault[0]:
         raise_fault(fault, (*SAMPLING_NAMES, "num_draft"), (*sampling, num_draft))
@@ -303,6 +305,7 @@ def _accept(
 def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
     batch, vocab = logits.shape
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    exchange = _exchange(logits, batch)
     fault = _common.call_kernel(
         "sample",
         logits,
@@ -314,10 +317,19 @@ def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
         *addresses(sampling),
         index,
         tokens.data_ptr(),
+        0 if exchange is None else exchange.data_ptr(),
     )
     if fault is not None and fault[0]:
         raise_fault(fault, SAMPLING_NAMES, sampling)
     return tokens
+
+
+def _exchange(logits: Tensor, batch: int) -> Tensor | None:
+    """Memory through which blocks on a GPU that share the one sequence of a batch exchange."""
+    if batch != 1 or not _common.on_cuda(logits):
+        return None
+    size = _common.call_kernel("acceptance_exchange", logits, batch, logits.shape[-1])
+    return torch.empty(size, dtype=torch.uint8, device=logits.device) if size else None
 
 
 # ---- torch.library: the same ops with every per-sequence argument a (B,) tensor ----

@@ -72,6 +72,7 @@ class Emulator:
             ctypes.c_int,
             ctypes.c_int64,
             ctypes.c_int,
+            ctypes.c_bool,
         ]
         self._library.emulator_first_global.restype = ctypes.c_float
 
@@ -106,9 +107,12 @@ class Emulator:
         """Run the kernel of faults.cu with this fault; return the report, "" for none."""
         return str(self._library.emulator_fault(name.encode()).decode())
 
-    def launch(self, blocks: int, threads: int, shared_bytes: int, cluster: int) -> str:
+    def launch(
+        self, blocks: int, threads: int, shared_bytes: int, cluster: int, cooperative: bool = False
+    ) -> str:
         """Launch a kernel that does nothing; return the error, "" for none."""
-        return str(self._library.emulator_launch(blocks, threads, shared_bytes, cluster).decode())
+        shape = (blocks, threads, shared_bytes, cluster, cooperative)
+        return str(self._library.emulator_launch(*shape).decode())
 
     def first_global(self) -> float:
         """What the kernel of faults.cu left in global memory."""

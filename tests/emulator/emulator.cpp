@@ -66,13 +66,14 @@ enum class Schedule { forward = 0, reverse = 1, shuffled = 2 };
 
 struct DeviceModel {
   int capability;  // 80, 90, 100, 120
-  int shared_per_block, shared_per_sm;
+  int shared_per_block, shared_per_sm, threads_per_sm;
   bool clusters;
 };
-constexpr DeviceModel kDevices[] = {{80, 163 << 10, 164 << 10, false},
-                                    {90, 227 << 10, 228 << 10, true},
-                                    {100, 227 << 10, 228 << 10, true},
-                                    {120, 99 << 10, 100 << 10, true}};
+constexpr int kSms = 32;
+constexpr DeviceModel kDevices[] = {{80, 163 << 10, 164 << 10, 2048, false},
+                                    {90, 227 << 10, 228 << 10, 2048, true},
+                                    {100, 227 << 10, 228 << 10, 2048, true},
+                                    {120, 99 << 10, 100 << 10, 1536, true}};
 
 struct Counters {  // as in __init__.py
   int64_t launches, read, written, blocks, threads, cluster, shared_bytes, device;
@@ -123,7 +124,7 @@ struct Fiber {
   Block* block = nullptr;
   Warp* warp = nullptr;
   unsigned number = 0, thread = 0;  // in the cluster, in the block
-  unsigned block_phase = 0, warp_phase = 0, cluster_phase = 0;
+  unsigned block_phase = 0, warp_phase = 0, cluster_phase = 0, grid_phase = 0;
   bool arrived_at_cluster = false;
   Barrier* awaited = nullptr;
   unsigned awaited_phase = 0;
@@ -148,13 +149,13 @@ struct Block {
 constexpr size_t kGuardBytes = 64;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 
-// The cluster that runs now.
+// The blocks that run now: a cluster, or all blocks of a cooperative launch.
 struct Running {
   Launch launch;
   std::string kernel;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
-  Barrier cluster_barrier;
+  Barrier cluster_barrier, grid_barrier;
   // Who can run, and in which order: always the first, so that some threads get as far ahead of
   // others as the barriers let them.
   using Turn = std::pair<unsigned, unsigned>;  // rank in the schedule, fiber
@@ -331,20 +332,35 @@ std::string deadlock() {
   return "deadlock";
 }
 
-void run_cluster(const Launch& launch, const std::string& kernel, unsigned first_block,
-                 std::mt19937& random) {
+// How many blocks are resident at once.
+unsigned together(const Launch& launch) {
+  return launch.cooperative ? launch.grid : launch.cluster;
+}
+
+// Whether the device has no room for that. It would know of registers too.
+bool too_many_to_cooperate(const Launch& launch) {
+  const DeviceModel& device = settings.device;
+  const size_t per_sm = std::min(device.threads_per_sm / launch.threads,
+                                 static_cast<unsigned>(static_cast<size_t>(device.shared_per_sm) /
+                                                       (launch.shared_bytes + 1024)));
+  return launch.cooperative && launch.grid > per_sm * kSms;
+}
+
+void run_together(const Launch& launch, const std::string& kernel, unsigned first_block,
+                  std::mt19937& random) {
   Running now;
   running = &now;
   now.random = &random;
   now.launch = launch;
   now.kernel = kernel;
   now.cluster_barrier = {"cluster", launch.cluster * launch.threads, {}, {}};
-  now.blocks.resize(launch.cluster);
-  now.fibers.resize(size_t{launch.cluster} * launch.threads);
-  for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+  now.grid_barrier = {"grid", launch.grid * launch.threads, {}, {}};
+  now.blocks.resize(together(launch));
+  now.fibers.resize(now.blocks.size() * launch.threads);
+  for (unsigned rank = 0; rank < now.blocks.size(); ++rank) {
     Block& block = now.blocks[rank];
     block.index = first_block + rank;
-    block.rank = rank;
+    block.rank = rank % launch.cluster;
     block.live = launch.threads;
     block.barrier = {"block", launch.threads, {}, {}};
     block.memory.resize(launch.shared_bytes + kGuardBytes + 15);
@@ -427,6 +443,14 @@ void cluster_wait(Place place) {
   wait(running->cluster_barrier, self.cluster_phase - 1, place);
 }
 
+void grid_barrier(Place place) {
+  if (!running->launch.cooperative) fail("grid barrier in a launch that is not cooperative");
+  if (disabled(place)) return;
+  Fiber& self = *running->current;
+  Barrier& barrier = running->grid_barrier;
+  wait(barrier, arrive(barrier, self.grid_phase, place), place);
+}
+
 unsigned cluster_rank() { return running->current->block->rank; }
 unsigned cluster_size() { return running->launch.cluster; }
 
@@ -491,9 +515,10 @@ int launch(const Launch& launch) {
   }
   const unsigned cluster = launch.cluster;
   if (cluster == 0 || cluster > 8 || (cluster & (cluster - 1)) != 0 || launch.grid % cluster != 0 ||
-      (cluster > 1 && !settings.device.clusters)) {
+      (cluster > 1 && (launch.cooperative || !settings.device.clusters))) {
     return refuse(cudaErrorInvalidClusterSize);
   }
+  if (too_many_to_cooperate(launch)) return refuse(cudaErrorCooperativeLaunchTooLarge);
   ++counters.launches;
   counters.blocks = launch.grid;
   counters.threads = launch.threads;
@@ -503,9 +528,9 @@ int launch(const Launch& launch) {
   blockDim = dim3(launch.threads);
   gridDim = dim3(launch.grid);
   std::mt19937 random(settings.seed);
-  std::vector<unsigned> first_blocks(launch.grid / cluster);
+  std::vector<unsigned> first_blocks(launch.grid / together(launch));
   for (size_t i = 0; i < first_blocks.size(); ++i)
-    first_blocks[i] = static_cast<unsigned>(i) * cluster;
+    first_blocks[i] = static_cast<unsigned>(i) * together(launch);
   if (settings.schedule == Schedule::reverse) {
     std::reverse(first_blocks.begin(), first_blocks.end());
   } else if (settings.schedule == Schedule::shuffled) {
@@ -514,7 +539,7 @@ int launch(const Launch& launch) {
   report.clear();
   const std::string kernel = kernel_name(launch.kernel);
   for (const unsigned first : first_blocks) {
-    run_cluster(launch, kernel, first, random);
+    run_together(launch, kernel, first, random);
     if (!report.empty()) return refuse(cudaErrorLaunchFailure);
   }
   return cudaSuccess;
@@ -552,7 +577,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = settings.device.shared_per_sm;
       break;
     case cudaDevAttrMultiProcessorCount:
-      *value = 32;
+      *value = emulator::kSms;
       break;
     case cudaDevAttrClusterLaunch:
       *value = settings.device.clusters;
@@ -602,6 +627,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid device ordinal";
     case cudaErrorInvalidClusterSize:
       return "Invalid cluster size";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     case cudaErrorLaunchFailure:
       return emulator::report.c_str();
   }

@@ -4,6 +4,7 @@
 
 #include "cuda/arch.cuh"
 #include "cuda/launch.h"
+#include "cuda/team.cuh"
 
 namespace mtp {
 namespace {
@@ -40,6 +41,7 @@ __global__ void fault_kernel(const char* fault) {
     cluster.arrive();
     cluster.arrive();
   }
+  if (is("grid barrier")) cooperative_groups::this_grid().sync();
   if (is("uninitialised") && threadIdx.x == 0) global_memory[0] = shared[3];
 }
 
@@ -62,8 +64,8 @@ __attribute__((visibility("default"))) const char* emulator_fault(const char* fa
 
 __attribute__((visibility("default"))) const char* emulator_launch(int64_t blocks, int threads,
                                                                    int64_t shared_bytes,
-                                                                   int cluster) {
-  return mtp::run("", {blocks, threads, static_cast<size_t>(shared_bytes), cluster});
+                                                                   int cluster, bool cooperative) {
+  return mtp::run("", {blocks, threads, static_cast<size_t>(shared_bytes), cluster, cooperative});
 }
 
 __attribute__((visibility("default"))) float emulator_first_global() {

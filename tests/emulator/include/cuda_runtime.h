@@ -146,6 +146,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorInvalidClusterSize = 912,
 };
 enum cudaDeviceAttr {
@@ -155,7 +156,10 @@ enum cudaDeviceAttr {
   cudaDevAttrClusterLaunch = 120,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4
+};
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -168,6 +172,7 @@ struct cudaLaunchAttribute {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -197,7 +202,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::Launch launch{};
   launch.grid = config->gridDim.x;
   launch.threads = config->blockDim.x;
-  launch.cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  launch.cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) {
+      launch.cooperative = attribute.val.cooperative != 0;
+    } else {
+      launch.cluster = attribute.val.clusterDim.x;
+    }
+  }
   launch.shared_bytes = config->dynamicSmemBytes;
   launch.kernel = reinterpret_cast<const void*>(kernel);
   launch.body = [](void* context) { (*static_cast<Thread*>(context))(); };

@@ -26,6 +26,7 @@ void block_barrier(Place place);
 void warp_barrier(Place place);
 void cluster_arrive(Place place);
 void cluster_wait(Place place);
+void grid_barrier(Place place);
 unsigned cluster_rank();
 unsigned cluster_size();
 void* map_shared(const void* pointer, unsigned rank);
@@ -42,6 +43,7 @@ using Body = void (*)(void* context);
 
 struct Launch {
   unsigned grid, threads, cluster;
+  bool cooperative;
   size_t shared_bytes;
   const void* kernel;
   Body body;  // runs one CUDA thread
