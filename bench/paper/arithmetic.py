@@ -27,9 +27,9 @@ from polynomials import SEPARATOR, VOCAB_SIZE, problem
 from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 HEADS = (1, 2, 4)
-CONTEXT = 128
-MODEL = {"dim": 96, "n_layers": 8, "n_attention_heads": 4, "n_kv_heads": 4, "ffn_dim": 192}
-TRAINING = {"batch_size": 8, "context": CONTEXT, "learning_rate": 2e-3, "eval_batches": 1}
+CONTEXT = 64
+MODEL = {"dim": 64, "n_layers": 7, "n_attention_heads": 4, "n_kv_heads": 4, "ffn_dim": 128}
+TRAINING = {"batch_size": 16, "context": CONTEXT, "learning_rate": 3e-3, "eval_batches": 1}
 TRAINING_PROBLEMS, TEST_PROBLEMS = 100_000, 500
 
 

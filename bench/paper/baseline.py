@@ -9,10 +9,8 @@ standard library; head 0 is the model, so its loss shows what the other heads co
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from matplotlib.figure import Figure
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.training import BYTE_VOCAB_SIZE, Corpus, multi_token_loss
-from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
+from study import Report, Run, Study, StudyProgress, harness, over_seeds, plus_minus, train_all
 
 HEADS = (1, 2, 4, 8)
 BATCH, CONTEXT = 8, 128
@@ -30,44 +28,28 @@ TRAINING = {"batch_size": BATCH, "context": CONTEXT, "learning_rate": 3e-3, "eva
 
 def model_of(n: int) -> MTPConfig:
     """Ten layers, the heads included."""
-    return MTPConfig(BYTE_VOCAB_SIZE, 96, 10, 3, 1, n, ffn_dim=256, max_seq_len=CONTEXT)
+    return MTPConfig(BYTE_VOCAB_SIZE, 64, 10, 2, 1, n, ffn_dim=176, max_seq_len=CONTEXT)
 
 
-def peak_memory(n: int) -> float:
-    """MiB of one forward and backward with `n` heads above weights and gradients.
-
-    Resident memory at its peak, in a fresh process.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (n,))
-
-
-def _measure_memory(n: int) -> float:
+def memory(n: int) -> float:
+    """Peak MiB of one forward and backward with `n` heads, above weights and gradients."""
     torch.set_num_threads(1)
     model, tokens = MTPTransformer(model_of(n)), torch.zeros(BATCH, CONTEXT, dtype=torch.int64)
-
-    def peak() -> int:  # KiB
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
-
     multi_token_loss(model, tokens[:1, :16]).backward()  # what a first call sets up; the gradients
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = peak()
-    multi_token_loss(model, tokens).backward()
-    return (peak() - before) / 1024
+    return harness.peak_growth(lambda: multi_token_loss(model, tokens).backward())
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
     started = time.process_time()
     progress.show(0.0, "measuring memory")
-    memory = {str(n): peak_memory(n) for n in HEADS}
+    peaks = {str(n): harness.in_fresh_process(memory, n) for n in HEADS}
     corpus = Corpus(tuple(standard_library())).read()
     runs = [
         Run({"n": n}, seed, model_of(n), TRAINING) for seed in range(arguments.seeds) for n in HEADS
     ]
     left = 60 * arguments.budget - (time.process_time() - started)
     records = train_all(runs, corpus, left, progress, lambda t: {"loss": t.validate()})
-    return {"memory_mib": memory, "runs": records}
+    return {"memory_mib": peaks, "runs": records}
 
 
 def _last_loss(record: dict[str, Any], head: int) -> float:
@@ -76,7 +58,7 @@ def _last_loss(record: dict[str, Any], head: int) -> float:
 
 def rows(report: Report) -> list[list[str]]:
     results = report["results"]
-    runs, memory = results["runs"], results["memory_mib"]
+    runs, peaks = results["runs"], results["memory_mib"]
     time_of_one = statistics.median(r["step_ms"] for r in runs if r["n"] == 1)
     lines = [["n", "head 0, nats a byte", "head 1", "head 3", "head 7", "step", "memory, MiB"]]
     for n in HEADS:
@@ -88,7 +70,7 @@ def rows(report: Report) -> list[list[str]]:
             for k in (0, 1, 3, 7)
         ]
         step = statistics.median(r["step_ms"] for r in chosen) / time_of_one
-        lines.append([str(n), *losses, f"{step:.2f}x", f"{memory[str(n)]:.0f}"])
+        lines.append([str(n), *losses, f"{step:.2f}x", f"{peaks[str(n)]:.0f}"])
     return lines
 
 

@@ -24,10 +24,10 @@ from stories import VOCAB_SIZE, split_names, story
 from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 HEADS = (1, 2)
-DIMS = (32, 64, 128)
-CONTEXT = 128
-TRAINING = {"batch_size": 8, "context": CONTEXT, "learning_rate": 3e-3, "eval_batches": 1}
-TRAINING_STORIES, TEST_STORIES = 20_000, 100
+DIMS = (16, 32, 64)
+CONTEXT = 80
+TRAINING = {"batch_size": 16, "context": CONTEXT, "learning_rate": 3e-3, "eval_batches": 1}
+TRAINING_STORIES, TEST_STORIES = 40_000, 200
 
 
 def model_of(dim: int, n: int) -> MTPConfig:

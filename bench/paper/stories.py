@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 SEPARATOR = 0
-N_PARTS = 100
+N_PARTS = 30
 HELD_OUT_SHARE = 0.1
 
 WORDS = {
@@ -34,7 +34,7 @@ SENTENCES = [
     "the QUALITY KIND saw 1 with the THING .",
     "at night 2 told 1 about the PLACE .",
 ]
-N_SENTENCES = 8
+N_SENTENCES = 4
 
 _WRITTEN = {word for line in (OPENING, *SENTENCES) for word in line.split()}
 VOCABULARY = [

@@ -34,7 +34,7 @@ from mtp_fast.training.data import Tokens
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from harness import machine  # noqa: E402
+import harness  # noqa: E402
 from tables import table  # noqa: E402
 
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -123,7 +123,7 @@ class Study:
         report = {
             "study": self.name,
             "arguments": {k: v for k, v in vars(arguments).items() if k != "out"},
-            "machine": machine(),
+            "machine": harness.machine(),
             "minutes": {
                 "wall": (time.perf_counter() - wall) / 60,
                 "processor": (time.process_time() - processor) / 60,
