@@ -45,6 +45,7 @@ SMALL = {
 def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(PAPER))
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the studies do: processor time counts every thread's
     yield
     torch.set_num_threads(threads)
 
@@ -139,7 +140,7 @@ def test_held_out_names_never_occur_in_training():
             parts = [token >= stories.FIRST_PART for token in tokens]
             places = [i for i in range(1, len(tokens)) if parts[i - 1] and parts[i]]
             told |= {(tokens[i - 1], tokens[i]) for i in places}
-        assert len(told) > 300
+        assert len(told) > 80
         assert told <= set(names)
 
 
