@@ -4,11 +4,12 @@ Efficiency is (time of a step with one head) / (time of a step with k heads), th
 tokens per forward; its ceiling, if a layer were all that costs, is (trunk + 1) / (trunk + k).
 Weights are random: a step costs the same whether its drafts are accepted or not. The periodic part
 makes drafts that are always accepted, by a model that is trained on a periodic sequence, and times
-whole generations.
+whole generations. The shipped checkpoint is not timed: how many tokens a forward gives is a count.
 
     pytest bench/bench_decoding.py --benchmark-only     # small models
     python bench/bench_decoding.py              # steps: 30M parameters, 28 + 4 and 24 + 8 layers
     python bench/bench_decoding.py --periodic   # trains for a minute first
+    python bench/bench_decoding.py --shipped    # tokens per forward on held-out code
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from harness import Comparison, agreeing, finish, interleaved
-from mtp_fast.decoding import generate
-from mtp_fast.models import MTPConfig, MTPTransformer
-from mtp_fast.training import multi_token_loss
+from mtp_fast.cli import SHIPPED_CHECKPOINT
+from mtp_fast.decoding import generate, incremental
+from mtp_fast.demo import standard_library
+from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
+from mtp_fast.training import Corpus, multi_token_loss
 
 # Trunk layers, heads.
 SHAPES = ((28, 4), (24, 8))
 # Trunk layers, heads, dim, ffn_dim.
 PERIODIC_SHAPE, QUICK_SHAPE = (24, 8, 128, 352), (8, 4, 64, 176)
 NEW_TOKENS = 64
+SHIPPED_PROMPT = 128  # bytes, and as many new ones: the checkpoint is trained on twice as many
 PERIOD = 23
 PERIODIC = torch.arange(200) % PERIOD
 
@@ -50,17 +55,29 @@ def steps(model: MTPTransformer, n_heads: int) -> Callable[[], list[int]]:
     return lambda: generate(model, [prompt], NEW_TOKENS, n_heads=n_heads).stats.forwards
 
 
+def in_torch(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A generation whose layers are torch's ops, as on a GPU, instead of the CPU's kernel."""
+
+    def patched() -> Any:
+        with mock.patch.object(incremental, "runs_on_cpu", return_value=False):
+            return run()
+
+    return patched
+
+
 def efficiency(repeats: int) -> dict[str, Any]:
     runs = []
     for trunk, heads in SHAPES:
         for dtype in ("float32", "bfloat16"):
             model = byte_model(trunk, heads).to(getattr(torch, dtype))
-            generations = {k: steps(model, k) for k in (1, heads)}
+            generations = {str(k): steps(model, k) for k in (1, heads)}
             forwards = {k: run()[0] for k, run in generations.items()}
-            seconds = interleaved({str(k): run for k, run in generations.items()}, repeats)
-            one, many = (seconds[str(k)] / forwards[k] for k in (1, heads))
-            times = {"one_head_s": one, "all_heads_s": many}
-            runs.append({"trunk": trunk, "heads": heads, "dtype": dtype, **times})
+            generations |= {f"{k}, torch": in_torch(run) for k, run in generations.items()}
+            seconds = {
+                name: time / forwards[name.split(",")[0]]
+                for name, time in interleaved(generations, repeats).items()
+            }
+            runs.append({"trunk": trunk, "heads": heads, "dtype": dtype, "seconds": seconds})
     return {
         "bench": "decoding",
         "shape": {"d": 256, "ffn": 896, "V": 256, "batch": 1},
@@ -142,14 +159,43 @@ def test_periodic(compare: Any, quick: bool, competitor: str, k: int) -> None:
     compare(f"decoding, {k} heads, {trunk} + {heads} layers", competitor, build, heads=k)
 
 
+def shipped(heads: Sequence[int] = range(1, 9)) -> dict[str, Any]:
+    """Greedy continuations of held-out files of the standard library."""
+    model = load_checkpoint(SHIPPED_CHECKPOINT).eval().bfloat16()
+    held_out = Corpus(tuple(standard_library())).split_files()[1]
+    texts = [torch.tensor(list(file.read_bytes())) for file in held_out]
+    prompts = [t[len(t) // 3 :][:SHIPPED_PROMPT] for t in texts if len(t) > 2 * SHIPPED_PROMPT]
+    runs = []
+    for k in heads:
+        stats = generate(model, prompts, SHIPPED_PROMPT, n_heads=k).stats
+        runs.append(
+            {
+                "heads": k,
+                "tokens_per_forward": stats.tokens_per_forward,
+                "acceptance": stats.acceptance,
+            }
+        )
+    return {
+        "bench": "decoding_shipped",
+        "shape": {"prompts": len(prompts), "prompt bytes": SHIPPED_PROMPT},
+        "dtype": "bfloat16",
+        "notes": [f"greedy, {SHIPPED_PROMPT} new tokens", "share of steps that accepted a draft"],
+        "runs": runs,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--periodic", action="store_true", help="the trained periodic model")
+    parser.add_argument("--shipped", action="store_true", help="the shipped checkpoint")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="save the report there")
     arguments = parser.parse_args()
-    measure = periodic if arguments.periodic else efficiency
-    finish(measure(arguments.repeats), arguments.json)
+    if arguments.shipped:
+        report = shipped()
+    else:
+        report = (periodic if arguments.periodic else efficiency)(arguments.repeats)
+    finish(report, arguments.json)
 
 
 if __name__ == "__main__":

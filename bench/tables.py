@@ -1,9 +1,9 @@
-"""Renders the reports in results/ as the tables of README.md and bench/README.md.
+"""Renders the reports in results/ as the tables of the READMEs.
 
 A bench saves its report with --json; the table between `<!-- table NAME -->` and
 `<!-- end of table -->` is what render() makes of results/NAME.json.
 
-    python bench/tables.py      # rewrites the tables of both files
+    python bench/tables.py      # rewrites the tables
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from mtp_fast._build_info import machine_line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+READMES = (
+    ROOT / "README.md",
+    ROOT / "bench" / "README.md",
+    ROOT / "mtp_fast" / "checkpoints" / "stdlib" / "README.md",
+)
 MARKED = re.compile(r"(?<=<!-- table )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.DOTALL)
 
 Rows = list[list[str]]
@@ -112,14 +116,15 @@ def _training(report: dict[str, Any]) -> Rows:
 
 def _decoding(report: dict[str, Any]) -> Rows:
     head = ["layers", "weights", "1 head ms", "k heads ms", "efficiency", "ceiling", "of it"]
-    rows = [head]
+    rows = [[*head, "in torch's ops: 1 head ms", "k heads ms"]]
     for run in report["runs"]:
         trunk, heads = run["trunk"], run["heads"]
-        one, many = run["one_head_s"], run["all_heads_s"]
+        one, many, *torch = run["seconds"].values()
         ceiling = (trunk + 1) / (trunk + heads)
         numbers = [f"{one * 1e3:.2f}", f"{many * 1e3:.2f}", f"{one / many:.3f}"]
         shares = [f"{ceiling:.3f}", f"{one / many / ceiling:.3f}"]
-        rows.append([f"{trunk} + {heads}", run["dtype"], *numbers, *shares])
+        slower = [f"{seconds * 1e3:.2f}" for seconds in torch]
+        rows.append([f"{trunk} + {heads}", run["dtype"], *numbers, *shares, *slower])
     return rows
 
 
@@ -133,11 +138,22 @@ def _periodic(report: dict[str, Any]) -> Rows:
     return rows
 
 
+def _shipped(report: dict[str, Any]) -> Rows:
+    drafts = range(1, max(run["heads"] for run in report["runs"]))
+    rows = [["heads used", "tokens per forward", *[f"draft {i}" for i in drafts]]]
+    for run in report["runs"]:
+        shares = [f"{share:.2f}" for share in run["acceptance"]]
+        shares += [""] * (len(drafts) - len(shares))
+        rows.append([str(run["heads"]), f"{run['tokens_per_forward']:.2f}", *shares])
+    return rows
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "acceptance": _acceptance,
     "cross_entropy": _cross_entropy,
     "decoding": _decoding,
     "decoding_periodic": _periodic,
+    "decoding_shipped": _shipped,
     "demo": _demo,
     "memory": _memory,
     "training": _training,

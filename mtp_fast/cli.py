@@ -27,6 +27,7 @@ EXTRAS = {
     "tokenizers": "tokenizers",
 }
 EXIT_FAILED = 1
+SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "stdlib"
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -94,7 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_train, seed=None)  # as the others of its options, if not given
 
     run = commands.add_parser("generate", help="continue prompts with a checkpoint")
-    run.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    run.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        default=SHIPPED_CHECKPOINT,
+        help="checkpoint directory (default: the shipped model of Python code)",
+    )
     source = run.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     source.add_argument("--prompt-file", type=Path, help="or a file that holds it")
