@@ -29,6 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bench_cross_entropy import Problem
 from harness import (
     DEVICE,
     Comparison,
@@ -112,33 +113,51 @@ LOSSES: dict[str, Callable[[MTPTransformer, Tensor], Tensor]] = {
 }
 
 
+def forward_backward(
+    model: MTPTransformer, tokens: Tensor, loss: Callable[[MTPTransformer, Tensor], Tensor]
+) -> list[Tensor]:
+    """The loss, and every parameter's gradient."""
+    model.zero_grad()
+    value = loss(model, tokens)
+    value.backward()
+    return [value.detach(), *[p.grad for p in model.parameters()]]
+
+
 class Step:
-    """Forward, backward and AdamW with one of the losses."""
+    """Forward, backward and AdamW with one of the losses; gives the loss and the gradients."""
 
     def __init__(self, shape: Shape, n: int, loss: str) -> None:
         self.model, self.tokens, self.loss = shape.model(n), shape.tokens(), LOSSES[loss]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
-    def __call__(self) -> Tensor:
-        loss = self.loss(self.model, self.tokens)
-        loss.backward()
+    def __call__(self) -> list[Tensor]:
+        outputs = forward_backward(self.model, self.tokens, self.loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return outputs
+
+
+def agreeing_steps(shape: Shape, n: int) -> Comparison:
+    """A step with n heads by each of the losses that agree with eager's."""
+    expected = Step(shape, n, "eager, all heads")()
+    steps = {loss: Step(shape, n, loss) for loss in LOSSES}
+    return agreeing(steps, expected, [1e-4] * len(expected))
 
 
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name", ["bytes", "smollm2"])
-@pytest.mark.parametrize("competitor", ["1 head", *LOSSES])
+@pytest.mark.parametrize("competitor", ["bound", "1 head", *LOSSES])
 def test_step(compare: Any, quick: bool, competitor: str, name: str, n: int) -> None:
-    """A step with n heads; with one, at equal parameters, as the bound by FLOPs."""
+    """A step with n heads. Bound: one with 1, at equal parameters, and n - 1 times the GEMMs."""
     shape = (QUICK_SHAPES if quick else SHAPES)[name]
 
     def build() -> Comparison:
-        expected = [Step(shape, n, "eager, all heads")()]
-        steps = agreeing({loss: Step(shape, n, loss) for loss in LOSSES}, expected, [1e-4])
-        steps.runs["1 head"] = Step(shape, 1, "ours, all heads")
-        return steps._replace(bounds={"1 head": shape.flops_ratio(n)})
+        steps = agreeing_steps(shape, n)
+        one = Step(shape, 1, "ours, all heads")
+        rows = shape.batch * shape.length
+        more = Problem((n - 1, rows, shape.dim, shape.vocab_size), torch.float32)
+        runs = {"bound": lambda: (one(), more.gemms(rows)), "1 head": one, **steps.runs}
+        return steps._replace(runs=runs, bounds={"bound": 1.0})
 
     compare(f"training step, {n} heads, {name}", competitor, build, heads=n)
 
@@ -153,15 +172,10 @@ def test_memory(compare: Any, quick: bool, competitor: str, n: int) -> None:
 
     def build() -> Comparison:
         model, tokens = shape.model(n, shape.n_layers + n), shape.tokens()
-
-        def run(name: str) -> tuple[Tensor, ...]:
-            model.zero_grad()
-            loss = LOSSES[name](model, tokens)
-            loss.backward()
-            return loss.detach(), *[p.grad for p in model.parameters()]
-
-        expected = run("eager, all heads")
-        runs = {name: lambda name=name: run(name) for name in LOSSES}
+        expected = forward_backward(model, tokens, eager)
+        runs = {
+            name: lambda f=loss: forward_backward(model, tokens, f) for name, loss in LOSSES.items()
+        }
         return agreeing(runs, expected, [1e-4] * len(expected))
 
     compare(
@@ -212,13 +226,9 @@ def draw_memory(peaks: dict[str, list[float]], plot: Path) -> None:
 
 def time_report(name: str, repeats: int) -> dict[str, Any]:
     shape = SHAPES[name]
-    steps: dict[str, Callable[[], Any]] = {}
-    for n in (1, 4):
-        expected = [Step(shape, n, "eager, all heads")()]
-        steps |= agreeing(
-            {f"{loss}, n = {n}": Step(shape, n, loss) for loss in LOSSES}, expected, [1e-4]
-        ).runs
-    seconds = interleaved(steps, repeats)
+    steps = {n: agreeing_steps(shape, n).runs for n in (1, 4)}
+    runs = {f"{loss}, n = {n}": steps[n][loss] for loss in LOSSES for n in steps}
+    seconds = interleaved(runs, repeats)
     return {
         "bench": "training",
         "shape": {"V": shape.vocab_size, "d": shape.dim, "layers": shape.n_layers},

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -149,30 +150,23 @@ def left_out(report: dict[str, Any]) -> list[str]:
 
 
 def ratio_table(rows: Iterable[Row]) -> Table:
-    """Ours over the bound, peers over ours and peak memory, a row for each of ours."""
-    table = Table(title="Medians of interleaved runs")
-    for name in ("bench", "competitor", "ms", "ours / bound", "peer / ours", "MiB: ours, eager"):
-        table.add_column(name, justify="left" if name in ("bench", "competitor") else "right")
+    """Each competitor's time, over the bound and over ours, and its peak memory."""
+    table = Table()
+    table.add_column("medians of interleaved runs")
+    for name in ("ms", "/ bound", "/ ours", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, group in _by_group(rows).items():
         bounds = [row.seconds * row.bound_factor for row in group if row.bound_factor is not None]
-        memory = {row.competitor: row.peak_mib for row in group if row.peak_mib is not None}
-        eager = [mib for competitor, mib in memory.items() if competitor.startswith("eager")]
-        for ours in group:
-            if not ours.competitor.startswith("ours"):
-                continue
-            peers = [
-                f"{row.competitor} {row.seconds / ours.seconds:.2f}x"
-                for row in group
-                if not row.competitor.startswith(("ours", "bound"))
-            ]
-            mib = [memory[ours.competitor], *eager] if ours.competitor in memory else []
+        ours = [row.seconds for row in group if row.competitor.startswith("ours")]
+        table.add_section()
+        table.add_row(f"[bold]{name}")
+        for row in group:
             table.add_row(
-                name,
-                ours.competitor,
-                f"{ours.seconds * 1e3:.3g}",
-                f"{ours.seconds / min(bounds):.2f}" if bounds else "",
-                ", ".join(peers),
-                ", ".join(f"{value:.0f}" for value in mib),
+                f"  {row.competitor}",
+                f"{row.seconds * 1e3:.4g}",
+                f"{row.seconds / min(bounds):.2f}" if bounds else "",
+                f"{row.seconds / ours[0]:.2f}" if ours else "",
+                f"{row.peak_mib:.0f}" if row.peak_mib is not None else "",
             )
     return table
 
@@ -205,6 +199,8 @@ def draw(rows: list[Row], file: Path) -> None:
     speed_axes.set(
         title="decoding, every draft accepted", xlabel="heads used", ylabel="speedup", ylim=0
     )
+    for axes in (memory_axes, speed_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(file)
 
 

@@ -69,9 +69,17 @@ def printed(table: object) -> list[list[str]]:
 
 def test_ratios() -> None:
     assert printed(benchmark.ratio_table(benchmark.read_rows(REPORT))) == [
-        ["loss", "ours", "3", "1.50", "eager 2.00x", ""],
-        ["heads", "ours, all heads", "1", "", "eager, all heads 1.50x", "10, 40"],
-        ["decoding", "ours", "2.5", "1.25", "1 head 3.20x", ""],
+        ["loss", "", "", "", ""],
+        ["bound", "2", "1.00", "0.67", ""],
+        ["bound, 512 rows", "4", "2.00", "1.33", ""],
+        ["ours", "3", "1.50", "1.00", ""],
+        ["eager", "6", "3.00", "2.00", ""],
+        ["heads", "", "", "", ""],
+        ["ours, all heads", "1", "", "1.00", "10"],
+        ["eager, all heads", "1.5", "", "1.50", "40"],
+        ["decoding", "", "", "", ""],
+        ["1 head", "8", "4.00", "3.20", ""],
+        ["ours", "2.5", "1.25", "1.00", ""],
     ]
 
 
