@@ -96,7 +96,7 @@ def draw(report: Report, figure: Figure) -> None:
     axes.legend(frameon=False)
 
 
-STUDY = Study("ablation", budget=10, seeds=3, run=run, rows=rows, draw=draw)
+STUDY = Study("ablation", budget=5, seeds=3, run=run, rows=rows, draw=draw)
 
 if __name__ == "__main__":
     STUDY.main()

@@ -139,7 +139,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pauses", type=int, default=0, help="pause tokens before the answer")
 
 
-STUDY = Study("arithmetic", 16, 2, run=run, rows=rows, draw=draw, add_options=add_options)
+STUDY = Study("arithmetic", 6.5, 2, run=run, rows=rows, draw=draw, add_options=add_options)
 
 if __name__ == "__main__":
     STUDY.main()

@@ -99,7 +99,7 @@ def draw(report: Report, figure: Figure) -> None:
     final.legend(frameon=False)
 
 
-STUDY = Study("baseline", budget=12, seeds=2, run=run, rows=rows, draw=draw)
+STUDY = Study("baseline", budget=4, seeds=2, run=run, rows=rows, draw=draw)
 
 if __name__ == "__main__":
     STUDY.main()

@@ -130,7 +130,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="widths of the models")
 
 
-STUDY = Study("induction", 16, 3, run=run, rows=rows, draw=draw, add_options=add_options)
+STUDY = Study("induction", 9, 3, run=run, rows=rows, draw=draw, add_options=add_options)
 
 if __name__ == "__main__":
     STUDY.main()
