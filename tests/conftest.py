@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -43,8 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulated",
         nargs="?",
         const="forward",
-        choices=emulator.SCHEDULES,
-        help="run the ops through the CUDA kernels, on the CPU (tests/emulator), in this order",
+        choices=(*emulator.SCHEDULES, "mixed"),
+        help="run the ops through the CUDA kernels, on the CPU (tests/emulator), in this order; "
+        "mixed: each test in one that its name decides",
     )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
@@ -53,6 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if schedule := request.config.getoption("--emulated"):
         emulator.load().install(monkeypatch)
+        if schedule == "mixed":
+            names = zlib.crc32(request.node.nodeid.encode())
+            schedule = emulator.SCHEDULES[names % len(emulator.SCHEDULES)]
         emulator.load().set_schedule(schedule)
 
 

@@ -1,0 +1,71 @@
+"""The proof of the CUDA kernels without a GPU, in one command:
+
+    pytest --slow tests/test_cuda_proof.py
+
+All tests of the ops run through the emulated kernels three times, once under each schedule. They
+run a fourth time, and the tests of the kernels with them, under AddressSanitizer and
+UndefinedBehaviorSanitizer, each then under the one schedule that its name decides. Statistical
+tests draw a 500th of what they draw on the CPU: that the kernels draw as the CPU does is the
+business of test_cuda_acceptance.py.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+import emulator
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64"),
+]
+
+OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
+OPS += ("acceptance_interface", "acceptance_distribution")
+OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
+KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("cuda_cross_entropy", "cuda_acceptance")]
+# What holds on the CPU alone (ignored rows cost nothing, bad targets raise), and what tests the
+# reference or, with faults of its own, the tests.
+LEFT_OUT = ("products_that_nobody_needs", "chunks_span_heads", "IndexError", "out_of_range")
+LEFT_OUT += ("planted_fault", "keyed_by_absolute_position", "superfluous")
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(tests: list[str], environment: dict[str, str], *options: str) -> Done:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
+    command += ["-k", " and ".join(f"not {name}" for name in LEFT_OUT), *options, *tests]
+    environment = {**environment, "OMP_NUM_THREADS": "1"}  # as many runs as cores
+    return subprocess.run(
+        command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def run_sanitized() -> Done:
+    # In a process of its own: the sanitizers must be there from the start.
+    environment = emulator.sanitizer_environment()
+    done = run(OP_TESTS, environment, "--emulated", "mixed")
+    if done.returncode != 0:
+        return done
+    return run([*KERNEL_TESTS, "tests/test_emulator.py"], environment)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[Done]]]:
+    """All runs, begun at once, as many at a time as there are cores."""
+    library = {**os.environ, "MTP_EMULATOR_LIBRARY": str(emulator.build("plain"))}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {"sanitizers": pool.submit(run_sanitized)}
+        for schedule in emulator.SCHEDULES:
+            started[schedule] = pool.submit(run, OP_TESTS, library, "--emulated", schedule)
+        yield started
+
+
+@pytest.mark.parametrize("name", [*emulator.SCHEDULES, "sanitizers"])
+def test_passes(runs: dict[str, Future[Done]], name: str) -> None:
+    done = runs[name].result()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
