@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
-OPS += ("acceptance_interface", "acceptance_distribution")
+OPS += ("linear_cross_entropy_interface", "acceptance_interface", "acceptance_distribution")
 OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
 KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("cuda_cross_entropy", "cuda_acceptance")]
 # What holds on the CPU alone (ignored rows cost nothing, bad targets raise), and what tests the
