@@ -161,11 +161,15 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         f"import json, {module}; arguments = json.loads({json.dumps(json.dumps(arguments))}); "
         f"print(json.dumps({module}.{function.__name__}(*arguments)))"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, *filter(None, sys.path)])
     # glibc gives a mapped block back when it is freed; others may stay, resident and unused.
     environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    # Not in a checkout's root, where Python would find sources in place of what is installed.
+    out = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=here
+    )
     return json.loads(out.stdout.splitlines()[-1])
 
 

@@ -73,10 +73,19 @@ def run(out: Path, quick: bool) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     report_file, log_file = out / "bench.json", out / "bench.log"
     report_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(benches), "-v", "-rfE", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(benches.resolve()),
+        "-v",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--benchmark-only", f"--benchmark-json={report_file.resolve()}"]
     console = Console(soft_wrap=True)
-    code = _run_logged([*command, "--quick"] if quick else command, log_file, console)
+    code = _run_logged([*command, "--quick"] if quick else command, benches, log_file, console)
     if code not in (0, 1) or not report_file.exists() or not report_file.stat().st_size:
         raise OSError(f"the benches ended with code {code} and no report; see {log_file}")
     report = json.loads(report_file.read_text())
@@ -105,14 +114,15 @@ def find_benches() -> Path:
     )
 
 
-def _run_logged(command: list[str], log_file: Path, console: Console) -> int:
+def _run_logged(command: list[str], benches: Path, log_file: Path, console: Console) -> int:
     """Run pytest with its output in a file, and show how far it is; return its exit code."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "COLUMNS": "200"}  # pytest's summary gives the errors in full
     with (
         log_file.open("w") as log,
         console.status("benches") as status,
-        subprocess.Popen(command, env=environment, **pipes) as p,
+        # Not in a checkout's root, where Python would find sources in place of what is installed.
+        subprocess.Popen(command, cwd=benches, env=environment, **pipes) as p,
     ):
         assert p.stdout is not None
         for line in p.stdout:

@@ -81,15 +81,16 @@ def training_memory(
     -------
     dict
         ``blocks``: what blocks keep for the backward; ``logits``: logits, their gradient and what
-        goes with them.
+        goes with them; ``waiting``: gradients of finished heads, which wait for the backward.
     """
     if route not in ROUTES:
         raise ValueError(f"route must be one of {ROUTES}, got {route!r}")
     heads = 1 if route == "headwise" else c.n_future_tokens
-    # Of a token: the inputs of both norms and of the four products, queries, keys and values as the
-    # attention takes them, its output, gate, up, and silu(gate).
-    block = 4 * c.dim + 2 * _query_width(c) + _kv_width(c) + 4 * c.ffn_dim
-    ends = 2 * heads * c.dim  # the final norm's inputs, and its outputs
+    # Of a token: both norms' inputs, normalised, and times their weights (a fused norm keeps less);
+    # queries, keys and values, queries and keys rotated, the attention's output; gate, up,
+    # silu(gate), and its product with up.
+    block = 6 * c.dim + 3 * _query_width(c) + 3 * _kv_width(c) // 2 + 4 * c.ffn_dim
+    ends = 3 * heads * c.dim  # of the final norm
     blocks = value_bytes * tokens * ((c.n_trunk_layers + heads) * block + ends)
     row, unembedding = tokens * c.vocab_size, c.vocab_size * c.dim
     if route == "eager":
@@ -99,7 +100,8 @@ def training_memory(
         # The buffer, d(hidden), and d(weight) in float32; head by head, also that of heads before.
         logits = min(chunk_bytes, value_bytes * heads * row) + value_bytes * heads * tokens * c.dim
         logits += 4 * unembedding * (2 if heads < c.n_future_tokens else 1)
-    return {"blocks": blocks, "logits": logits}
+    waiting = value_bytes * (c.n_future_tokens - heads) * block_weights(c)
+    return {"blocks": blocks, "logits": logits, "waiting": waiting}
 
 
 def communication(c: MTPConfig, devices: int, route: str) -> float:
