@@ -1,6 +1,6 @@
 // Transformer blocks over new rows of each sequence, against cached keys and values: all the layers
-// of a decode step in one call. Between the products everything is float32; the products
-// take the weights as the model stores them and their inputs rounded to the same dtype.
+// of a decode step in one call. Between the products everything is float32; the products take the
+// weights as the model stores them and their inputs rounded to the same dtype.
 #pragma once
 
 #include <cstdint>

@@ -64,7 +64,8 @@ class CPULayers:
 
     def draft(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the drafting heads' outputs (H, B, dim)."""
-        assert self._drafting is not None
+        if self._drafting is None:
+            raise ValueError("no drafting heads: n_heads is 1")
         return self._drafting.heads(trunk, row.start)
 
 

@@ -58,7 +58,6 @@ class IncrementalModel:
         self._runs_kernels = runs_on_cpu([*blocks, *drafting])
         layers = CPULayers if self._runs_kernels else TorchLayers
         self._layers = layers(config, blocks, drafting, model.norm, batch, self._rope)
-        self._n_drafting = len(drafting)
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
         """Lay out `count` new rows a sequence, the first at position ``start[b]``.
@@ -101,6 +100,4 @@ class IncrementalModel:
         row : Rows
             The row, one a sequence, whose keys and values `forward` has stored.
         """
-        if self._n_drafting == 0:
-            raise ValueError("no drafting heads: n_heads is 1")
         return self.logits(self._layers.draft(trunk, row)).transpose(0, 1)

@@ -105,7 +105,8 @@ class TorchLayers:
 
     def draft(self, trunk: Tensor, row: Rows) -> Tensor:
         """Map one row a sequence `trunk` (B, dim) to the drafting heads' outputs (H, B, dim)."""
-        assert self._drafting is not None
+        if self._drafting is None:
+            raise ValueError("no drafting heads: n_heads is 1")
         return self._normalize(self._drafting.read(trunk, row))
 
     def _normalize(self, x: Tensor) -> Tensor:
