@@ -71,3 +71,12 @@ def test_bfloat16_weights_keep_float32_between_the_products():
     assert trunk.dtype == hidden.dtype == cached.logits(hidden).dtype == torch.float32
     error = (cached.logits(hidden) - exact).abs().max()
     assert error < 1.5 * (model.logits(tokens).float() - exact).abs().max()
+
+
+@torch.no_grad()
+def test_one_head_drafts_nothing():
+    cached = IncrementalModel(sharp_model(), 1, batch=1, capacity=4)
+    start = torch.zeros(1, dtype=torch.int64)
+    trunk, _ = cached.forward(torch.zeros(1, 1, dtype=torch.int64), cached.rows(start, 1, 1))
+    with pytest.raises(ValueError, match="no drafting heads: n_heads is 1"):
+        cached.draft_logits(trunk[:, -1], cached.rows(start, 1, 1))
