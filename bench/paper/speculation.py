@@ -272,7 +272,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=TIES, default="float32")
 
 
-STUDY = Study("speculation", 10.0, 2, run, rows, draw, add_options, threads=2)
+STUDY = Study("speculation", 6.0, 1, run, rows, draw, add_options, threads=2)
 
 if __name__ == "__main__":
     STUDY.main()
