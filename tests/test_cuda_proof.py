@@ -5,7 +5,7 @@
 All tests of the ops run through the emulated kernels three times, once under each schedule. They
 run a fourth time, and the tests of the kernels with them, under AddressSanitizer and
 UndefinedBehaviorSanitizer, each then under the one schedule that its name decides. Statistical
-tests draw a 500th of what they draw on the CPU: that the kernels draw as the CPU does is the
+tests draw a 1000th of what they draw on the CPU: that the kernels draw as the CPU does is the
 business of test_cuda_acceptance.py.
 """
 
@@ -28,10 +28,12 @@ OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "ac
 OPS += ("linear_cross_entropy_interface", "acceptance_interface", "acceptance_distribution")
 OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
 KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("cuda_cross_entropy", "cuda_acceptance")]
-# What holds on the CPU alone (ignored rows cost nothing, bad targets raise), and what tests the
-# reference or, with faults of its own, the tests.
+# What holds on the CPU alone (ignored rows cost nothing, bad targets raise), what tests the
+# reference or, with faults of its own, the tests, and what measures memory, in processes of its own
+# that know no emulator.
 LEFT_OUT = ("products_that_nobody_needs", "chunks_span_heads", "IndexError", "out_of_range")
 LEFT_OUT += ("planted_fault", "keyed_by_absolute_position", "superfluous")
+LEFT_OUT += ("memory_bound", "four_heads_need_one_weight_gradient")
 
 Done = subprocess.CompletedProcess[str]
 
@@ -45,9 +47,14 @@ def run(tests: list[str], environment: dict[str, str], *options: str) -> Done:
     )
 
 
-def run_sanitized() -> Done:
-    # In a process of its own: the sanitizers must be there from the start.
-    environment = emulator.sanitizer_environment()
+@pytest.fixture(scope="module")
+def sanitized() -> dict[str, str]:
+    """The environment of a process that has the sanitizers from its start."""
+    library = str(emulator.build("sanitized", sanitize=True))
+    return {**emulator.sanitizer_environment(), "MTP_EMULATOR_LIBRARY": library}
+
+
+def run_sanitized(environment: dict[str, str]) -> Done:
     done = run(OP_TESTS, environment, "--emulated", "mixed")
     if done.returncode != 0:
         return done
@@ -55,13 +62,13 @@ def run_sanitized() -> Done:
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, Future[Done]]]:
+def runs(sanitized: dict[str, str]) -> Iterator[dict[str, Future[Done]]]:
     """All runs, begun at once, as many at a time as there are cores."""
-    library = {**os.environ, "MTP_EMULATOR_LIBRARY": str(emulator.build("plain"))}
+    plain = {**os.environ, "MTP_EMULATOR_LIBRARY": str(emulator.build("plain"))}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        started = {"sanitizers": pool.submit(run_sanitized)}
+        started = {"sanitizers": pool.submit(run_sanitized, sanitized)}
         for schedule in emulator.SCHEDULES:
-            started[schedule] = pool.submit(run, OP_TESTS, library, "--emulated", schedule)
+            started[schedule] = pool.submit(run, OP_TESTS, plain, "--emulated", schedule)
         yield started
 
 
@@ -69,3 +76,21 @@ def runs() -> Iterator[dict[str, Future[Done]]]:
 def test_passes(runs: dict[str, Future[Done]], name: str) -> None:
     done = runs[name].result()
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        ("global overflow", "AddressSanitizer: global-buffer-overflow"),
+        ("signed overflow", "runtime error: signed integer overflow"),
+    ],
+)
+def test_sanitizers_see_the_kernels(sanitized: dict[str, str], fault: str, report: str) -> None:
+    script = f"import emulator; emulator.load().fault({fault!r})"
+    environment = {**sanitized, "PYTHONPATH": str(emulator.HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert report in done.stderr
+    assert "faults.cu" in done.stderr

@@ -1,5 +1,6 @@
 // Kernels with one fault each: what the emulator must report. fault(name) runs one and returns the
-// report, or "" if there was none.
+// report, or "" if there was none. The two overflows are the sanitizers' to report.
+#include <climits>
 #include <cstring>
 
 #include "cuda/arch.cuh"
@@ -16,6 +17,7 @@ alignas(16) float global_memory[64];
 __global__ void fault_kernel(const char* fault) {
   const auto is = [fault](const char* name) { return std::strcmp(fault, name) == 0; };
   const Cluster cluster = Cluster::current();
+  const int thread = static_cast<int>(threadIdx.x);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   if (is("exited thread") && threadIdx.x == 5) return;
   if (is("exited thread")) __syncthreads();
@@ -42,6 +44,8 @@ __global__ void fault_kernel(const char* fault) {
     cluster.arrive();
   }
   if (is("grid barrier")) cooperative_groups::this_grid().sync();
+  if (is("global overflow")) store(global_memory + blockDim.x, 0.0f);
+  if (is("signed overflow")) global_memory[0] = static_cast<float>(INT_MAX - 9 + thread);
   if (is("uninitialised") && threadIdx.x == 0) global_memory[0] = shared[3];
 }
 

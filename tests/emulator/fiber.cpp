@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -87,7 +87,7 @@ void start_fiber(Fiber& fiber, void (*entry)()) {
 
 void release_fiber(Fiber& fiber) {
   char* stack = const_cast<char*>(static_cast<const char*>(fiber.stack));
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
   // What was called and never returned has left its marks.
   char* pointer = static_cast<char*>(fiber.stack_pointer);
   __asan_unpoison_memory_region(pointer, static_cast<size_t>(stack + fiber.stack_bytes - pointer));

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -28,19 +28,19 @@ void release_fiber(Fiber& fiber);
 
 // Goes on with `to`, until somebody switches back to `from`; if that ends here, nobody may.
 inline void switch_fiber(Fiber& from, Fiber& to, bool ends = false) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
   __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
   (void)ends;
   emulator_switch(&from.stack_pointer, to.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 
 // In a fiber that begins: where `from`, which switched to it, has its stack.
 inline void switched_from(Fiber& from) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MTP_SANITIZE)
   __sanitizer_finish_switch_fiber(nullptr, &from.stack, &from.stack_bytes);
 #endif
   (void)from;
