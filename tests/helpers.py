@@ -27,8 +27,8 @@ def emulated() -> bool:
 
 
 def draws(count: int) -> int:
-    """How many sequences a statistical test draws: the emulator has time for a 500th."""
-    return max(200, count // 500) if emulated() else count
+    """How many sequences a statistical test draws: the emulator has time for a 1000th."""
+    return max(200, count // 1000) if emulated() else count
 
 
 def gradients(loss: Loss, leaves: Sequence[Tensor], upstream: Tensor | None = None) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from helpers import draws
+from helpers import draws, emulated
 from mtp_fast.ops import acceptance, reference
 from mtp_fast.ops.acceptance import AcceptResult
 
@@ -196,8 +196,9 @@ def test_block_rule_against_enumeration(stochastic: bool, filters: dict) -> None
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 400}, {"top_p": 0.9}, {"min_p": 0.02}], ids=str)
 def test_large_vocabulary(rule: str, stochastic: bool, filters: dict) -> None:
+    vocab = 1100 if emulated() else 4096  # many tiles of a row, either way
     case = Case(
-        4096, 2, draws(50_000), rule=rule, stochastic=stochastic, temperature=1.0, **filters
+        vocab, 2, draws(50_000), rule=rule, stochastic=stochastic, temperature=1.0, **filters
     )
     assert min(case.completed_p_values()) > SIGNIFICANCE
     if rule == "exact":
@@ -328,7 +329,8 @@ def sequence_p_value(tokens: Tensor, law: Tensor) -> float:
 
 @pytest.mark.parametrize("rule", ["exact", "block"])
 def test_sequences_of_many_steps(rule: str) -> None:
-    assert sequence_p_value(*decode(acceptance, rule, draws(400_000), 6)) > SIGNIFICANCE
+    length = 4 if emulated() else 6  # few draws do not tell 729 sequences apart
+    assert sequence_p_value(*decode(acceptance, rule, draws(400_000), length)) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("keyed_by_absolute_position", [False, True])
