@@ -125,11 +125,29 @@ FewRowLinearParams few_row_linear_params(int dtype, uintptr_t x, uintptr_t weigh
           static_cast<DType>(dtype)};
 }
 
-DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_t dim,
-                           int64_t ffn_dim, int64_t n_queries, int64_t n_keys, int64_t head_dim,
-                           float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t capacity,
-                           int64_t sequence_stride, int64_t batch, int64_t rows, uintptr_t start,
-                           uintptr_t x, uintptr_t last_input) {
+DecodeShape decode_shape(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries, int64_t n_keys,
+                         int64_t head_dim) {
+  return {dim, ffn_dim, n_queries, n_keys, head_dim, static_cast<DType>(dtype)};
+}
+
+// Elements of a block's packed weights, floats of its cache for one sequence.
+std::pair<int64_t, int64_t> decode_sizes(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
+                                         int64_t n_keys, int64_t head_dim, int64_t capacity) {
+  const DecodeShape shape = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
+  return {decode_packed_size_cpu(shape), decode_cache_size_cpu(shape, capacity)};
+}
+
+void pack(int threads, int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries, int64_t n_keys,
+          int64_t head_dim, uintptr_t weights, int64_t n_blocks, uintptr_t packed) {
+  decode_pack_cpu(decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim),
+                  pointer<const DecodeWeights>(weights), n_blocks, pointer<void>(packed), threads);
+}
+
+DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
+                           int64_t n_keys, int64_t head_dim, int64_t capacity, uintptr_t blocks,
+                           uintptr_t packed, uintptr_t cache, int64_t n_blocks, float norm_eps,
+                           uintptr_t final_scale, uintptr_t rope, int64_t batch, int64_t rows,
+                           uintptr_t start, uintptr_t x, uintptr_t last_input) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -140,7 +158,10 @@ DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_
     }
   }
   DecodeParams p{};
+  static_cast<DecodeShape&>(p) = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
   p.blocks = pointer<const DecodeBlock>(blocks);
+  p.packed = pointer<const void>(packed);
+  p.cache = pointer<float>(cache);
   p.rope = pointer<const float>(rope);
   p.final_scale = pointer<const float>(final_scale);
   p.start = pointer<const int64_t>(start);
@@ -149,15 +170,8 @@ DecodeParams decode_params(int dtype, uintptr_t blocks, int64_t n_blocks, int64_
   p.n_blocks = n_blocks;
   p.batch = batch;
   p.rows = rows;
-  p.dim = dim;
-  p.ffn_dim = ffn_dim;
-  p.n_queries = n_queries;
-  p.n_keys = n_keys;
-  p.head_dim = head_dim;
   p.capacity = capacity;
-  p.sequence_stride = sequence_stride;
   p.norm_eps = norm_eps;
-  p.dtype = static_cast<DType>(dtype);
   return p;
 }
 
@@ -281,6 +295,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("few_row_linear", cpu_entry(few_row_linear_cpu, few_row_linear_params), without_gil());
+  m.def("decode_sizes", &decode_sizes);
+  m.def("decode_pack", &pack, without_gil());
   m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
   m.def("decode_keys_values", cpu_entry(decode_keys_values_cpu, decode_params), without_gil());
   m.def("decode_heads", cpu_entry(decode_heads_cpu, decode_params), without_gil());

@@ -65,7 +65,7 @@ def test_against_the_models_forward_in_float64(simd_level, monkeypatch, dtype, s
     tokens = torch.randint(0, 40, (3, 30))
     cached = IncrementalModel(model, 4, batch=3, capacity=32)
     cached.forward(tokens[:, :20], cached.rows(torch.zeros(3, dtype=torch.int64), 20, 20))
-    assert calls == ["decode_layers", "decode_keys_values"]  # the prompts, in one piece
+    assert calls == ["decode_pack"] * 2 + ["decode_layers", "decode_keys_values"]  # one piece
     calls.clear()
     start = torch.tensor([0, 7, 19])
     granted = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]

@@ -1,8 +1,10 @@
 // Many short rounds of work on one team of threads: a fork and join each would take as long as the
-// work. A round ends when its pieces are done, not when all threads have arrived, so that a thread
-// that is late, or that the runtime did not give, is not waited for.
+// work. Every thread has its share of a round, which it takes in pieces; who is done with his own
+// helps the others, so that a thread that is late, or that the runtime did not give, is not waited
+// for.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -12,61 +14,97 @@
 
 namespace mtp {
 
-struct Round {
-  alignas(64) std::atomic<int64_t> next{0};  // pieces handed out
-  alignas(64) std::atomic<int64_t> done{0};  // pieces finished
+// What the threads of a team share. Each of its fields has a cache line of its own.
+struct Team {
+  struct alignas(64) Share {
+    std::atomic<uint64_t> taken{0};  // the round's number * 2^32 + its pieces handed out
+  };
+  explicit Team(int threads) : shares(threads) {}
+
+  std::vector<Share> shares;
+  alignas(64) std::atomic<int64_t> done{0};  // pieces finished, of all rounds
+  alignas(64) std::atomic<int> workers{0};
 };
 
 // One thread of a team that goes through rounds.
 class Worker {
  public:
-  Worker(Round* rounds, int index) : rounds_(rounds), index_(index) {}
+  explicit Worker(Team& team)
+      : team_(team), index_(team.workers.fetch_add(1, std::memory_order_relaxed)) {}
 
   int index() const { return index_; }  // in [0, threads), to find its part of a workspace
   int64_t rounds_begun() const { return begun_; }
 
-  // Calls f(i) for all i in [0, pieces), shared with the other workers; what they did in this round
-  // is done, and seen, when it returns. Results must not depend on who does a piece.
-  template <class F>
-  void round(int64_t pieces, const F& f) {
-    Round& round = rounds_[begun_++];
+  // The first of n things, in pieces of `grain`, that are this worker's share.
+  int64_t share_begin(int64_t n, int64_t grain) const {
+    return first_piece(pieces_of(n, grain), index_) * grain;
+  }
+
+  // Calls f(begin, end) for pieces of [0, n), shared with the other workers; what they did in this
+  // round is done, and seen, when it returns. Results must not depend on who does a piece. idle(i)
+  // is called, i = 0, 1, ..., when the worker's own share is done and while it waits.
+  template <class F, class Idle>
+  void round(int64_t n, int64_t grain, const F& f, const Idle& idle) {
+    const int64_t pieces = pieces_of(n, grain);
+    ++begun_;
+    due_ += pieces;
     int64_t done = 0;
-    for (int64_t i; (i = round.next.fetch_add(1, std::memory_order_relaxed)) < pieces; ++done) f(i);
-    if (done > 0) round.done.fetch_add(done, std::memory_order_release);
-    for (int spins = 0; round.done.load(std::memory_order_acquire) < pieces; ++spins) {
+    for (int other = 0; other < threads(); ++other) {
+      const int share = (index_ + other) % threads();
+      const int64_t first = first_piece(pieces, share),
+                    count = first_piece(pieces, share + 1) - first;
+      for (int64_t i; (i = take(share, count)) >= 0; ++done) {
+        const int64_t begin = (first + i) * grain;
+        f(begin, std::min(begin + grain, n));
+      }
+      if (other == 0) idle(0);
+    }
+    if (done > 0) team_.done.fetch_add(done, std::memory_order_release);
+    for (int spins = 1; team_.done.load(std::memory_order_acquire) < due_; ++spins) {
+      idle(spins);
       if (spins >= kSpins) std::this_thread::yield();  // more threads than processors
     }
   }
 
  private:
   static constexpr int kSpins = 10000;
-  Round* const rounds_;
+
+  int threads() const { return static_cast<int>(team_.shares.size()); }
+  static int64_t pieces_of(int64_t n, int64_t grain) { return (n + grain - 1) / grain; }
+  int64_t first_piece(int64_t pieces, int share) const { return pieces * share / threads(); }
+
+  // Takes one of the `count` pieces of a share in this round; -1 if there is none left.
+  int64_t take(int share, int64_t count) {
+    std::atomic<uint64_t>& taken = team_.shares[share].taken;
+    const uint64_t round = static_cast<uint64_t>(begun_) << 32;
+    uint64_t seen = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t now = std::max(seen, round);  // nobody was there in this round yet
+      const int64_t i = static_cast<int64_t>(now - round);
+      if (i >= count) return -1;  // or a later round has begun
+      if (taken.compare_exchange_weak(seen, now + 1, std::memory_order_relaxed)) return i;
+    }
+  }
+
+  Team& team_;
   const int index_;
   int64_t begun_ = 0;
+  int64_t due_ = 0;  // pieces of the rounds begun
 };
 
-// Calls program(worker) on each of up to `threads` threads; each goes through the same rounds, at
-// most `rounds`.
+// Calls program(worker) on each of up to `threads` threads; each goes through the same rounds.
 template <class F>
-void run_rounds(int threads, int64_t rounds, const F& program) {
-  std::vector<Round> of_all(rounds);
-  if (threads <= 1) {
-    Worker worker(of_all.data(), 0);
-    return program(worker);
-  }
+void run_rounds(int threads, const F& program) {
   struct Context {
-    std::atomic<int> workers;
-    Round* rounds;
+    Team team;
     const F* program;
-  } context{{0}, of_all.data(), &program};
-  run_on_threads(
-      threads,
-      [](void* pointer) {
-        auto& c = *static_cast<Context*>(pointer);
-        Worker worker(c.rounds, c.workers.fetch_add(1, std::memory_order_relaxed));
-        (*c.program)(worker);
-      },
-      &context);
+  } context{Team(std::max(threads, 1)), &program};
+  const auto body = [](void* pointer) {
+    auto& c = *static_cast<Context*>(pointer);
+    Worker worker(c.team);
+    (*c.program)(worker);
+  };
+  threads <= 1 ? body(&context) : run_on_threads(threads, body, &context);
 }
 
 }  // namespace mtp

@@ -1,6 +1,6 @@
 // Transformer blocks over new rows of each sequence, against cached keys and values: all the layers
 // of a decode step in one call. Between the products everything is float32; the products take the
-// weights as the model stores them and their inputs rounded to the same dtype.
+// weights in the dtype that the model stores them in, and their inputs rounded to it.
 #pragma once
 
 #include <cstdint>
@@ -10,35 +10,56 @@
 
 namespace mtp {
 
-// One block: x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))).
-// mtp_fast/decoding/cpu_blocks.py fills tables of these, field by field.
-struct DecodeBlock {
-  const float* attention_scale;  // (dim): the norm's weight
-  const void* qkv;               // ((n_queries + 2 n_keys) * head_dim, dim)
-  const float* qkv_bias;         // as long as qkv, or null
-  const float* query_scale;      // (head_dim): weight of the queries' norm, or null
-  const float* key_scale;        // (head_dim), or null
-  const void* out;               // (dim, n_queries * head_dim)
-  const float* ffn_scale;        // (dim)
-  const void* gate_up;           // (2 * ffn_dim, dim)
-  const void* down;              // (dim, ffn_dim)
-  float* keys;                   // (n_keys, capacity, head_dim) of sequence 0; the next sequence
-  float* values;                 // is sequence_stride on. Values likewise
+struct DecodeShape {
+  int64_t dim, ffn_dim, n_queries, n_keys, head_dim;
+  DType dtype;  // of the weights
 };
 
-struct DecodeParams {
+// One block: x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))). These are
+// a model's weights, contiguous; decode_pack copies them into the order in which they are read
+// (packed.h). mtp_fast/decoding/cpu_blocks.py fills tables of both structs, field by field.
+struct DecodeWeights {
+  const void* qkv;      // ((n_queries + 2 n_keys) * head_dim, dim)
+  const void* out;      // (dim, n_queries * head_dim)
+  const void* gate_up;  // (2 * ffn_dim, dim)
+  const void* down;     // (dim, ffn_dim)
+};
+
+// The rest of a block.
+struct DecodeBlock {
+  const float* attention_scale;  // (dim): the norm's weight
+  const float* qkv_bias;         // ((n_queries + 2 n_keys) * head_dim), or null
+  const float* query_scale;      // (head_dim): weight of the queries' norm, or null
+  const float* key_scale;        // (head_dim), or null
+  const float* ffn_scale;        // (dim)
+};
+
+struct DecodeParams : DecodeShape {
   const DecodeBlock* blocks;
+  const void* packed;        // the blocks' weights, by decode_pack at the same SIMD level
+  float* cache;              // (batch, n_blocks, decode_cache_size): keys and values
   const float* rope;         // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
   const float* final_scale;  // (dim): weight of the norm behind the last block
   const int64_t* start;      // (batch): position of a sequence's first new row
   float* x;                  // see below
   float* last_input;  // (batch * rows, dim): decode_layers writes the last block's input here
   int64_t n_blocks, batch, rows;  // rows: new ones of each sequence
-  int64_t dim, ffn_dim, n_queries, n_keys, head_dim;
-  int64_t capacity, sequence_stride;  // of the cache: positions, floats from sequence to sequence
+  int64_t capacity;               // positions of a sequence
   float norm_eps;
-  DType dtype;  // of the weights
 };
+
+// Elements of one block's packed weights.
+template <SimdLevel level>
+int64_t decode_packed_size(const DecodeShape& shape);
+
+// Floats that hold the keys and values of `capacity` positions for one block and one sequence.
+template <SimdLevel level>
+int64_t decode_cache_size(const DecodeShape& shape, int64_t capacity);
+
+// Packs the weights of `n` blocks, one block after the other.
+template <SimdLevel level>
+void decode_pack(const DecodeShape& shape, const DecodeWeights* weights, int64_t n, void* packed,
+                 int threads);
 
 // The blocks one after the other, then the final norm: x (batch * rows, dim), in place.
 template <SimdLevel level>
@@ -52,6 +73,24 @@ void decode_keys_values_run(const DecodeParams& params, int threads);
 // stored: x (n_blocks, batch, dim), in place.
 template <SimdLevel level>
 void decode_heads_run(const DecodeParams& params, int threads);
+
+inline int64_t decode_packed_size_cpu(const DecodeShape& shape) {
+  int64_t size = 0;
+  with_simd_level([&](auto level) { size = decode_packed_size<level.value>(shape); });
+  return size;
+}
+
+inline int64_t decode_cache_size_cpu(const DecodeShape& shape, int64_t capacity) {
+  int64_t size = 0;
+  with_simd_level([&](auto level) { size = decode_cache_size<level.value>(shape, capacity); });
+  return size;
+}
+
+inline void decode_pack_cpu(const DecodeShape& shape, const DecodeWeights* weights, int64_t n,
+                            void* packed, int threads) {
+  with_simd_level(
+      [&](auto level) { decode_pack<level.value>(shape, weights, n, packed, threads); });
+}
 
 inline void decode_layers_cpu(const DecodeParams& params, int threads) {
   with_simd_level([&](auto level) { decode_layers_run<level.value>(params, threads); });

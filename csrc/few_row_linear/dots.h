@@ -102,11 +102,6 @@ __attribute__((target("avx512bf16"))) inline void bfloat16_dots(
   sums_of_lanes({c[r]...}, sums[2]);
 }
 
-inline bool has_bfloat16_dots() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-}
-
 #endif
 
 template <int R, class T>

@@ -1,8 +1,8 @@
 """Transformer blocks over new rows on a CPU, through one call of a kernel.
 
 A decode step is a few rows through many layers. Done op by op it would spend most of its time
-between the ops; csrc/decode_layers runs whole layers, and reads the weights where the model has
-them. Prompts go the same way, in pieces.
+between the ops; csrc/decode_layers runs whole layers, from a copy of their weights in the order in
+which it reads them. Prompts go the same way, in pieces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mtp_fast import _C
 from mtp_fast.decoding.rows import Rows
-from mtp_fast.models import Block, KVCache, MTPConfig
+from mtp_fast.models import Block, MTPConfig
 from mtp_fast.ops._common import DTYPE_CODES, call_kernel
 
 # Rows of one call, all sequences together: as many as the caches take beside the weights.
@@ -30,7 +31,7 @@ def runs_on_cpu(blocks: Sequence[Block]) -> bool:
 
 
 class CPULayers:
-    """Trunk and heads with their caches; parameters as of `TorchLayers`, all read in place."""
+    """Trunk and heads with their caches; parameters as of `TorchLayers`; the layers' weights are copied."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class CPUBlocks:
     config : MTPConfig
         The blocks' shape.
     blocks : sequence of Block
-        N blocks for which `runs_on_cpu`; their weights are read in place.
+        N blocks for which `runs_on_cpu`; their weights are copied.
     norm : nn.RMSNorm
         The norm behind the blocks.
     batch : int
@@ -94,30 +95,35 @@ class CPUBlocks:
         batch: int,
         rope: Tensor,
     ) -> None:
-        cache = KVCache(len(blocks), batch, len(rope), config.n_kv_heads, config.head_dim, rope)
-        self._n_blocks, self._rope = len(blocks), rope
-        self._final_scale = norm.weight.detach().float().contiguous()
-        # What the table points to must live as long as it does.
-        self._pointed_to = [
-            [*_weights(block), *cache.first_sequence(layer)] for layer, block in enumerate(blocks)
-        ]
-        self._table = torch.tensor(
-            [[0 if t is None else t.data_ptr() for t in row] for row in self._pointed_to]
-        )
-        self._shape = (
+        self._n_blocks = len(blocks)
+        shape = (
             DTYPE_CODES[blocks[0].ffn.down.weight.dtype],
-            self._table.data_ptr(),
-            len(blocks),
             config.dim,
             config.ffn_dim,
             config.n_attention_heads,
             config.n_kv_heads,
             config.head_dim,
+        )
+        capacity = len(rope)
+        packed_size, cache_size = _C.decode_sizes(*shape, capacity)
+        packed = _packed(blocks, shape, packed_size)
+        cache = rope.new_empty(batch, len(blocks), cache_size)
+        _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
+        vectors = [_vectors(block) for block in blocks]
+        table = _addresses(vectors)
+        final_scale = norm.weight.detach().float().contiguous()
+        # What the arguments point to must live as long as they do.
+        self._owned = (packed, cache, vectors, table, final_scale, rope)
+        self._arguments = (
+            *shape,
+            capacity,
+            table.data_ptr(),
+            packed.data_ptr(),
+            cache.data_ptr(),
+            len(blocks),
             config.norm_eps,
-            self._final_scale.data_ptr(),
+            final_scale.data_ptr(),
             rope.data_ptr(),
-            len(rope),
-            cache.sequence_stride,
         )
 
     def layers(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +178,7 @@ class CPUBlocks:
         call_kernel(
             name,
             x,
-            *self._shape,
+            *self._arguments,
             len(start),
             rows,
             start.data_ptr(),
@@ -181,11 +187,35 @@ class CPUBlocks:
         )
 
 
-def _weights(block: Block) -> list[Tensor | None]:
-    """Tensors of `struct DecodeBlock` up to its caches."""
-    attention, ffn = block.attention, block.ffn
+def _addresses(tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    return torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in tensors])
+
+
+def _packed(blocks: Sequence[Block], shape: tuple[int, ...], size: int) -> Tensor:
+    """The blocks' weights as csrc/decode_layers/packed.h lays them out, `size` elements each."""
+    # Fields of `struct DecodeWeights`.
+    weights = [
+        [
+            layer.weight.detach().contiguous()
+            for layer in (
+                block.attention.qkv, block.attention.out, block.ffn.gate_up, block.ffn.down
+            )
+        ]
+        for block in blocks
+    ]  # fmt: skip
+    like = weights[0][0]
+    packed = like.new_empty(len(blocks), size)
+    _C.advise_huge_pages(packed.data_ptr(), packed.nbytes)
+    table = _addresses(weights)
+    call_kernel("decode_pack", like, *shape, table.data_ptr(), len(blocks), packed.data_ptr())
+    return packed
+
+
+def _vectors(block: Block) -> list[Tensor | None]:
+    """Fields of `struct DecodeBlock`."""
+    attention = block.attention
     query_norm, key_norm = attention.q_norm, attention.k_norm
-    floats = [
+    return [
         None if t is None else t.detach().float().contiguous()
         for t in (
             block.attention_norm.weight,
@@ -195,11 +225,3 @@ def _weights(block: Block) -> list[Tensor | None]:
             block.ffn_norm.weight,
         )
     ]
-    qkv, out, gate_up, down = (
-        layer.weight.detach().contiguous()
-        for layer in (attention.qkv, attention.out, ffn.gate_up, ffn.down)
-    )
-    attention_scale, qkv_bias, query_scale, key_scale, ffn_scale = floats
-    return [
-        attention_scale, qkv, qkv_bias, query_scale, key_scale, out, ffn_scale, gate_up, down
-    ]  # fmt: skip

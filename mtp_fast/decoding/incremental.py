@@ -27,7 +27,8 @@ class IncrementalModel:
     Parameters
     ----------
     model : MTPTransformer
-        The model; its parameters are read in place, but for the drafting heads' on a GPU.
+        The model. On a CPU the layers' weights are copied, on a GPU the drafting heads'; all other
+        parameters are read in place.
     n_heads : int
         Heads in use.
     batch : int

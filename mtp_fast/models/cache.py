@@ -17,11 +17,6 @@ class KVCache:
         Extents; `capacity` is in positions.
     like : Tensor
         Gives dtype and device.
-
-    Attributes
-    ----------
-    sequence_stride : int
-        Elements from a sequence to the next one.
     """
 
     def __init__(
@@ -37,7 +32,6 @@ class KVCache:
         # A head's positions lie one behind the other: attention reads them as one stream.
         self._storage = like.new_zeros(n_layers, batch, 2, n_kv_heads, capacity, head_dim)
         self._heads = [layer.flatten(1, 2) for layer in self._storage]
-        self.sequence_stride = 2 * n_kv_heads * capacity * head_dim
 
     def write(self, layer: int, sequence: Tensor, position: Tensor, kv: Tensor) -> None:
         """Store `kv` (R, 2 * n_kv_heads, head_dim), keys first; row r is ``sequence[r]``'s."""
@@ -46,9 +40,4 @@ class KVCache:
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, n_kv_heads, length, head_dim) of the first positions."""
         k, v = self._storage[layer, :, :, :, :length].unbind(1)
-        return k, v
-
-    def first_sequence(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values (n_kv_heads, capacity, head_dim) of sequence 0."""
-        k, v = self._storage[layer, 0]
         return k, v

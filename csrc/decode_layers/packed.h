@@ -1,0 +1,101 @@
+// How the decode kernel keeps a block's weights, keys and values: in panels (panels.h).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "decode_layers/panels.h"
+#include "decode_layers/params.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+// Calls f(T{}, X{}) with the weights' type and the rows' (panels.h).
+template <class F>
+void with_types(DType dtype, const F& f) {
+  dispatch_dtype(dtype, [&](auto storage) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<decltype(storage), BFloat16>) {
+      if (has_bfloat16_dots()) return f(storage, storage);
+    }
+#endif
+    f(storage, float{});
+  });
+}
+
+// A block's matrices, in elements from the beginning. Rows of qkv are ordered by groups of
+// attention heads that share keys and values: the group's queries, its key, its value.
+template <class X>
+struct PackedBlock {
+  const int64_t group_queries;
+  const int64_t head_panels;  // each attention head of qkv begins a panel
+  const int64_t ffn_panels;   // of gate_up: kLanes gates and the ups beside them
+  const int64_t head;         // elements of an attention head; qkv is at 0
+  const int64_t out, gate_up, down, size;
+
+  explicit PackedBlock(const DecodeShape& s)
+      : group_queries(s.n_queries / s.n_keys),
+        head_panels(panels_of(s.head_dim)),
+        ffn_panels(panels_of(2 * s.ffn_dim)),
+        head(head_panels * panel_size<X>(s.dim)),
+        out((s.n_queries + 2 * s.n_keys) * head),
+        gate_up(out + panels_of(s.dim) * panel_size<X>(s.n_queries * s.head_dim)),
+        down(gate_up + ffn_panels * panel_size<X>(s.dim)),
+        size(down + panels_of(s.dim) * panel_size<X>(s.ffn_dim)) {}
+
+  template <class T>
+  void pack(const DecodeShape& s, const DecodeWeights& weights, T* to) const {
+    const T* qkv = static_cast<const T*>(weights.qkv);
+    for (int64_t i = 0; i < s.n_queries + 2 * s.n_keys; ++i) {
+      const int64_t h = head_at(s, i);
+      pack_matrix(qkv + h * s.head_dim * s.dim, s.head_dim, s.dim, to + i * head);
+    }
+    pack_matrix(static_cast<const T*>(weights.out), s.dim, s.n_queries * s.head_dim, to + out);
+    const T* gate = static_cast<const T*>(weights.gate_up);
+    for (int64_t o = 0; o < s.ffn_dim; o += kLanes) {
+      const T* rows = gate + o * s.dim;
+      T* panel = to + gate_up + o / kLanes * panel_size<X>(s.dim);
+      pack_panel(rows, s.ffn_dim - o, rows + s.ffn_dim * s.dim, s.ffn_dim - o, s.dim, panel);
+    }
+    pack_matrix(static_cast<const T*>(weights.down), s.dim, s.ffn_dim, to + down);
+  }
+
+  // Which attention head of the model's qkv (queries, keys, values) is number i here.
+  int64_t head_at(const DecodeShape& s, int64_t i) const {
+    const int64_t group = i / (group_queries + 2), member = i % (group_queries + 2);
+    if (member < group_queries) return group * group_queries + member;
+    return s.n_queries + (member - group_queries) * s.n_keys + group;
+  }
+
+ private:
+  template <class T>
+  static void pack_matrix(const T* weight, int64_t rows, int64_t in, T* to) {
+    for (int64_t o = 0; o < rows; o += kPanel, to += panel_size<X>(in)) {
+      const T* first = weight + o * in;
+      pack_panel(first, rows - o, first + kLanes * in, rows - o - kLanes, in, to);
+    }
+  }
+
+  // A panel whose halves are the first rows of two weights that have so many.
+  template <class T>
+  static void pack_panel(const T* first, int64_t firsts, const T* second, int64_t seconds,
+                         int64_t in, T* panel) {
+    pack_half<X>(first, firsts, in, panel);
+    pack_half<X>(second, seconds, in, panel + kLanes * kDepth<X>);
+  }
+};
+
+// Keys and values of one block and sequence, in floats. A head's keys are panels whose outputs are
+// the positions; its values are rows of whole panels.
+struct CacheLayout {
+  const int64_t value_width, keys, head, size;
+
+  CacheLayout(const DecodeShape& s, int64_t capacity)
+      : value_width(panels_of(s.head_dim) * kPanel),
+        keys(panels_of(capacity) * panel_size<float>(s.head_dim)),
+        head(keys + capacity * value_width),
+        size(s.n_keys * head) {}
+};
+
+}  // namespace MTP_SIMD
+}  // namespace mtp

@@ -1,0 +1,148 @@
+// Products of a few rows with a weight that is packed into panels: the weight's rows lie side by
+// side, one input after the other, so that a vector holds the weights of as many outputs. Nothing
+// is summed across a vector, and a panel is read from memory front to back.
+//
+// T is what the weight is stored in, X what the rows are: bfloat16 where the processor has pair
+// products (AVX512_BF16), which take two inputs at a time; float32 everywhere else. A row's sums
+// are made in one order whatever stands beside it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "common/simd.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+constexpr int64_t kLanes = Vec::kLanes;
+constexpr int64_t kPanel = 2 * kLanes;           // outputs of a panel: two vectors
+constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // of x at once: the sums stay in registers
+
+template <class X>
+constexpr int64_t kDepth = std::is_same_v<X, BFloat16> ? 2 : 1;  // inputs that lie together
+
+inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+
+// Elements of a panel.
+template <class X>
+inline int64_t panel_size(int64_t in) {
+  return kPanel * ((in + kDepth<X> - 1) / kDepth<X> * kDepth<X>);
+}
+
+// Half of a panel from the first rows of a weight (count, in); outputs beyond them are 0.
+template <class X, class T>
+inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
+  constexpr int64_t kBytes = kDepth<X> * sizeof(T), kStep = kPanel * kDepth<X>;
+  const auto pack = [&](int64_t i, T* to, auto bytes) {
+    for (int64_t o = 0; o < std::min(count, kLanes); ++o) {
+      memcpy(to + o * kDepth<X>, weight + o * in + i, bytes);
+    }
+  };
+  const int64_t whole = in / kDepth<X>;
+  for (int64_t i = 0; i < panel_size<X>(in) / kStep; ++i) {
+    T* to = half + i * kStep;
+    if (count < kLanes || i >= whole) memset(to, 0, kBytes * kLanes);
+    if (i < whole) {
+      pack(i * kDepth<X>, to, std::integral_constant<size_t, kBytes>{});
+    } else {
+      pack(i * kDepth<X>, to, std::integral_constant<size_t, sizeof(T)>{});
+    }
+  }
+}
+
+// Into the second-level cache, so many bytes ahead that it loads while several rows are computed.
+constexpr int64_t kPrefetchAhead = 8192;
+inline void prefetch_ahead(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + kPrefetchAhead, 0, 2);
+}
+
+// A row's products with a panel.
+struct Sums {
+  Vec first, second;
+};
+
+// Rows of x are `ld` apart, a panel's inputs `stride`. The rows are a pack, since sums with an
+// index that varies would live in memory.
+template <class T, int... r>
+inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t stride, int64_t in,
+                       Sums* out, std::integer_sequence<int, r...>) {
+  Vec a[sizeof...(r)], b[sizeof...(r)];
+  ((a[r] = b[r] = Vec(0.0f)), ...);
+  for (int64_t i = 0; i < in; ++i, panel += stride) {
+    prefetch_ahead(panel);
+    if (sizeof(T) * kPanel > 64) prefetch_ahead(panel + kLanes);
+    const Vec w0 = Vec::load(panel), w1 = Vec::load(panel + kLanes);
+    Vec v;
+    ((v = Vec(x[r * ld + i]), a[r] = fma(v, w0, a[r]), b[r] = fma(v, w1, b[r])), ...);
+  }
+  ((out[r] = {a[r], b[r]}), ...);
+}
+
+#if defined(__AVX512F__)
+
+template <int... r>
+__attribute__((target("avx512bf16"))) inline void panel_sums(const BFloat16* x, int64_t ld,
+                                                             const BFloat16* panel, int64_t stride,
+                                                             int64_t in, Sums* out,
+                                                             std::integer_sequence<int, r...>) {
+  Vec a[sizeof...(r)], b[sizeof...(r)];
+  ((a[r] = b[r] = Vec(0.0f)), ...);
+  // `bytes` of the rows' pairs: half a pair at an odd end.
+  const auto add = [&](int64_t i, auto bytes) __attribute__((target("avx512bf16"), always_inline)) {
+    prefetch_ahead(panel);
+    prefetch_ahead(panel + kPanel);
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + kPanel);
+    const auto pair = [&](const BFloat16* p) __attribute__((target("avx512bf16"), always_inline)) {
+      int32_t two = 0;
+      memcpy(&two, p, bytes);
+      return (__m512bh)_mm512_set1_epi32(two);
+    };
+    __m512bh v;
+    ((v = pair(x + r * ld + i), a[r] = _mm512_dpbf16_ps(a[r].v, w0, v),
+      b[r] = _mm512_dpbf16_ps(b[r].v, w1, v)),
+     ...);
+    panel += 2 * stride;
+  };
+  for (int64_t i = 0; i + 2 <= in; i += 2) add(i, std::integral_constant<size_t, 4>{});
+  if (in % 2 != 0) add(in - 1, std::integral_constant<size_t, 2>{});
+  ((out[r] = {a[r], b[r]}), ...);
+}
+
+#endif
+
+template <class F, int... r>
+inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, r...>) {
+  (void)((rows == r + 1 && (f(std::make_integer_sequence<int, r + 1>{}), true)) || ...);
+}
+
+// Calls take(r, p, sums) for rows r of x (rows, in), `ld` apart, and panels p < count, `step`
+// apart; `stride` is from input to input of a panel.
+template <class T, class X, class F>
+inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t step,
+                           int64_t stride, int64_t in, int64_t count, const F& take) {
+  for (int64_t p = 0; p < count; ++p, panels += step) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t n = std::min<int64_t>(kTileRows, rows - row);
+      Sums sums[kTileRows];
+      with_row_count(
+          n, [&](auto tile) { panel_sums(x + row * ld, ld, panels, stride, in, sums, tile); },
+          std::make_integer_sequence<int, kTileRows>{});
+      for (int64_t r = 0; r < n; ++r) take(row + r, p, sums[r]);
+    }
+  }
+}
+
+// The same for panels that are packed.
+template <class T, class X, class F>
+inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t in,
+                           int64_t count, const F& take) {
+  panel_products(x, ld, rows, panels, panel_size<X>(in), kPanel, in, count, take);
+}
+
+}  // namespace MTP_SIMD
+}  // namespace mtp

@@ -1,0 +1,80 @@
+// What a transformer block does with its rows between the products.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "decode_layers/panels.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+// The sum of squares of x (n).
+inline float square_sum(const float* x, int64_t n) {
+  Vec sum(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = Vec::load(x + i);
+    sum = fma(v, v, sum);
+  }
+  if (i < n) {
+    const Vec v = Vec::load(x + i, n - i, Vec(0.0f));
+    sum = fma(v, v, sum);
+  }
+  return sum.hsum();
+}
+
+// Stores the first n <= kLanes lanes of v rounded to T, as a T or a float.
+template <class T, class X>
+inline void store_rounded(Vec v, X* y, int64_t n) {
+  if constexpr (!std::is_same_v<T, X>) {
+    T rounded[kLanes];
+    v.store(rounded);
+    v = Vec::load(rounded);
+  }
+  n >= kLanes ? v.store(y) : v.store(y, n);
+}
+
+// RMSNorm of x (n) times `scale`, rounded to T; y may be x.
+template <class T, class X>
+inline void normalize(const float* x, const float* scale, int64_t n, float eps, X* y) {
+  const Vec factor(1.0f / std::sqrt(square_sum(x, n) / static_cast<float>(n) + eps)), zero(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store_rounded<T>(Vec::load(x + i) * factor * Vec::load(scale + i), y + i, kLanes);
+  if (const int64_t rest = n - i; rest > 0) {
+    store_rounded<T>(Vec::load(x + i, rest, zero) * factor * Vec::load(scale + i, rest, zero),
+                     y + i, rest);
+  }
+}
+
+// scores (n) become exp(scale * (scores - max)); returns their sum.
+inline float exponentials(float* scores, int64_t n, float scale) {
+  const Vec lowest(-std::numeric_limits<float>::infinity());
+  Vec max_lanes = lowest, sum(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) max_lanes = max(Vec::load(scores + i), max_lanes);
+  if (i < n) max_lanes = max(Vec::load(scores + i, n - i, lowest), max_lanes);
+  const Vec top(max_lanes.hmax()), factor(scale);
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const Vec e = exp((Vec::load(scores + i) - top) * factor);
+    e.store(scores + i);
+    sum = sum + e;
+  }
+  if (i < n) {
+    const Vec e = exp((Vec::load(scores + i, n - i, lowest) - top) * factor);
+    e.store(scores + i, n - i);
+    sum = sum + e;
+  }
+  return sum.hsum();
+}
+
+// silu(gate) * up.
+inline Vec gated(Sums gate_up) {
+  return gate_up.first * gate_up.second / (Vec(1.0f) + exp(-gate_up.first));
+}
+
+}  // namespace MTP_SIMD
+}  // namespace mtp
