@@ -7,16 +7,18 @@ makes drafts that are always accepted, by a model that is trained on a periodic 
 whole generations. The shipped checkpoint is not timed: how many tokens a forward gives is a count.
 
     pytest bench/bench_decoding.py --benchmark-only     # small models
-    python bench/bench_decoding.py              # steps: 30M parameters, 28 + 4 and 24 + 8 layers
-    python bench/bench_decoding.py --periodic   # trains for a minute first
+    python bench/bench_decoding.py              # steps: 30M and 100M parameters
+    python bench/bench_decoding.py --periodic   # trains for some minutes first
     python bench/bench_decoding.py --shipped    # tokens per forward on held-out code
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,33 +34,34 @@ from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
 from mtp_fast.training import Corpus, multi_token_loss
 
-# Trunk layers, heads.
-SHAPES = ((28, 4), (24, 8))
-# Trunk layers, heads, dim, ffn_dim.
-PERIODIC_SHAPE, QUICK_SHAPE = (24, 8, 128, 352), (8, 4, 64, 176)
+# Trunk layers, heads, dim, ffn_dim: 30M parameters, 103M.
+SHAPES = ((28, 4, 256, 896), (24, 8, 256, 896), (28, 4, 512, 1408), (24, 8, 512, 1408))
+PERIODIC_SHAPE, QUICK_SHAPE = (24, 8, 512, 1408), (8, 4, 64, 176)
 NEW_TOKENS = 64
 SHIPPED_PROMPT = 128  # bytes, and as many new ones: the checkpoint is trained on twice as many
 PERIOD = 23
 PERIODIC = torch.arange(200) % PERIOD
 
 
-def byte_model(trunk: int, heads: int, dim: int = 256, ffn_dim: int = 896) -> MTPTransformer:
+def byte_model(trunk: int, heads: int, dim: int, ffn_dim: int) -> MTPTransformer:
     torch.manual_seed(0)
     shape = {"n_attention_heads": dim // 64, "n_kv_heads": dim // 64, "max_seq_len": 1024}
     config = MTPConfig(256, dim, trunk + heads, n_future_tokens=heads, ffn_dim=ffn_dim, **shape)
     return MTPTransformer(config).eval()
 
 
-def steps(model: MTPTransformer, n_heads: int) -> Callable[[], list[int]]:
-    """A generation, to be timed; with random weights hardly a draft is accepted."""
-    prompt = torch.arange(64)
-    return lambda: generate(model, [prompt], NEW_TOKENS, n_heads=n_heads).stats.forwards
+def step_seconds(model: MTPTransformer, n_heads: int) -> float:
+    """Mean time of a step behind the prompt's; with random weights hardly a draft is accepted."""
+    marks: list[float] = []
+    mark = lambda *_: marks.append(time.perf_counter())  # noqa: E731
+    stats = generate(model, [torch.arange(64)], NEW_TOKENS, n_heads=n_heads, on_tokens=mark).stats
+    return (marks[-1] - marks[0]) / (stats.forwards[0] - 1)
 
 
-def in_torch(run: Callable[[], Any]) -> Callable[[], Any]:
+def in_torch(run: Callable[[], float]) -> Callable[[], float]:
     """A generation whose layers are torch's ops, as on a GPU, instead of the CPU's kernel."""
 
-    def patched() -> Any:
+    def patched() -> float:
         with mock.patch.object(incremental, "runs_on_cpu", return_value=False):
             return run()
 
@@ -67,22 +70,25 @@ def in_torch(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def efficiency(repeats: int) -> dict[str, Any]:
     runs = []
-    for trunk, heads in SHAPES:
+    for trunk, heads, dim, ffn_dim in SHAPES:
         for dtype in ("float32", "bfloat16"):
-            model = byte_model(trunk, heads).to(getattr(torch, dtype))
-            generations = {str(k): steps(model, k) for k in (1, heads)}
-            forwards = {k: run()[0] for k, run in generations.items()}
-            generations |= {f"{k}, torch": in_torch(run) for k, run in generations.items()}
-            seconds = {
-                name: time / forwards[name.split(",")[0]]
-                for name, time in interleaved(generations, repeats).items()
-            }
-            runs.append({"trunk": trunk, "heads": heads, "dtype": dtype, "seconds": seconds})
+            model = byte_model(trunk, heads, dim, ffn_dim).to(getattr(torch, dtype))
+            steps = {str(k): partial(step_seconds, model, k) for k in (1, heads)}
+            steps |= {f"{k}, torch": in_torch(run) for k, run in steps.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in steps}
+            for _ in range(1 + repeats):
+                for name, run in steps.items():
+                    seconds[name].append(run())
+            shape = {"trunk": trunk, "heads": heads, "d": dim, "ffn": ffn_dim}
+            medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            runs.append({**shape, "dtype": dtype, "seconds": medians})
     return {
         "bench": "decoding",
-        "shape": {"d": 256, "ffn": 896, "V": 256, "batch": 1},
+        "shape": {"V": 256, "batch": 1},
         "repeats": repeats,
-        "notes": [f"greedy, {NEW_TOKENS} new tokens a generation, time of a step"],
+        "notes": [
+            f"greedy, {NEW_TOKENS} new tokens a generation, time of a step behind the prompt"
+        ],
         "runs": runs,
     }
 

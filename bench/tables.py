@@ -115,7 +115,16 @@ def _training(report: dict[str, Any]) -> Rows:
 
 
 def _decoding(report: dict[str, Any]) -> Rows:
-    head = ["layers", "weights", "1 head ms", "k heads ms", "efficiency", "ceiling", "of it"]
+    head = [
+        "layers",
+        "d, ffn",
+        "weights",
+        "1 head ms",
+        "k heads ms",
+        "efficiency",
+        "ceiling",
+        "of it",
+    ]
     rows = [[*head, "in torch's ops: 1 head ms", "k heads ms"]]
     for run in report["runs"]:
         trunk, heads = run["trunk"], run["heads"]
@@ -124,7 +133,8 @@ def _decoding(report: dict[str, Any]) -> Rows:
         numbers = [f"{one * 1e3:.2f}", f"{many * 1e3:.2f}", f"{one / many:.3f}"]
         shares = [f"{ceiling:.3f}", f"{one / many / ceiling:.3f}"]
         slower = [f"{seconds * 1e3:.2f}" for seconds in torch]
-        rows.append([f"{trunk} + {heads}", run["dtype"], *numbers, *shares, *slower])
+        shape = [f"{trunk} + {heads}", f"{run['d']}, {run['ffn']}", run["dtype"]]
+        rows.append([*shape, *numbers, *shares, *slower])
     return rows
 
 

@@ -147,10 +147,13 @@ def decode_bytes(c: MTPConfig, heads: int, batch: int, context: int, value_bytes
     return weights + batch * kv_cache(c, heads, context, value_bytes)
 
 
-def decode_seconds(c: MTPConfig, heads: int, batch: int, context: int, device: Device) -> float:
-    """Least time of a decode step: its FLOPs or its bytes, whichever take longer."""
+def decode_seconds(
+    c: MTPConfig, heads: int, batch: int, context: int, device: Device
+) -> tuple[float, float]:
+    """Least and most time of a decode step: its FLOPs beside its bytes, or one after the other."""
     flops = decode_flops(c, heads, batch, context) / device.flops
-    return max(flops, decode_bytes(c, heads, batch, context) / device.bandwidth)
+    transfers = decode_bytes(c, heads, batch, context) / device.bandwidth
+    return max(flops, transfers), flops + transfers
 
 
 def _query_width(c: MTPConfig) -> int:

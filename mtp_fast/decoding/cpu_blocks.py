@@ -31,7 +31,7 @@ def runs_on_cpu(blocks: Sequence[Block]) -> bool:
 
 
 class CPULayers:
-    """Trunk and heads with their caches; parameters as of `TorchLayers`; the layers' weights are copied."""
+    """Trunk and heads with their caches; parameters as of `TorchLayers`, the weights copied."""
 
     def __init__(
         self,
