@@ -35,17 +35,11 @@ class Worker {
   int index() const { return index_; }  // in [0, threads), to find its part of a workspace
   int64_t rounds_begun() const { return begun_; }
 
-  // The first of n things, in pieces of `grain`, that are this worker's share.
-  int64_t share_begin(int64_t n, int64_t grain) const {
-    return first_piece(pieces_of(n, grain), index_) * grain;
-  }
-
   // Calls f(begin, end) for pieces of [0, n), shared with the other workers; what they did in this
-  // round is done, and seen, when it returns. Results must not depend on who does a piece. idle(i)
-  // is called, i = 0, 1, ..., when the worker's own share is done and while it waits.
-  template <class F, class Idle>
-  void round(int64_t n, int64_t grain, const F& f, const Idle& idle) {
-    const int64_t pieces = pieces_of(n, grain);
+  // round is done, and seen, when it returns. Results must not depend on who does a piece.
+  template <class F>
+  void round(int64_t n, int64_t grain, const F& f) {
+    const int64_t pieces = (n + grain - 1) / grain;
     ++begun_;
     due_ += pieces;
     int64_t done = 0;
@@ -57,11 +51,9 @@ class Worker {
         const int64_t begin = (first + i) * grain;
         f(begin, std::min(begin + grain, n));
       }
-      if (other == 0) idle(0);
     }
     if (done > 0) team_.done.fetch_add(done, std::memory_order_release);
-    for (int spins = 1; team_.done.load(std::memory_order_acquire) < due_; ++spins) {
-      idle(spins);
+    for (int spins = 0; team_.done.load(std::memory_order_acquire) < due_; ++spins) {
       if (spins >= kSpins) std::this_thread::yield();  // more threads than processors
     }
   }
@@ -70,7 +62,6 @@ class Worker {
   static constexpr int kSpins = 10000;
 
   int threads() const { return static_cast<int>(team_.shares.size()); }
-  static int64_t pieces_of(int64_t n, int64_t grain) { return (n + grain - 1) / grain; }
   int64_t first_piece(int64_t pieces, int share) const { return pieces * share / threads(); }
 
   // Takes one of the `count` pieces of a share in this round; -1 if there is none left.

@@ -64,22 +64,22 @@ class Step {
         scores_(threads * params.rows * reach_),
         factors_(threads * params.rows) {}
 
-  // x (abreast, rows, dim), in place. followed: other blocks come next, abreast_ on.
-  void run(Worker& worker, const DecodeBlock* blocks, float* x, bool followed) {
-    project(worker, blocks, x, rows_ * p_.dim, all(), out_of(blocks));
-    finish(worker, blocks, x, followed ? qkv_of(blocks + abreast_, all()) : Matrix{});
+  // x (abreast, rows, dim), in place.
+  void run(Worker& worker, const DecodeBlock* blocks, float* x) {
+    project(worker, blocks, x, rows_ * p_.dim, all());
+    finish(worker, blocks, x);
   }
 
   // x (rows, dim), the same for all: one round.
   void store_keys_values(Worker& worker, const DecodeBlock* blocks, const float* x) {
     const int64_t queries = packed_.group_queries;
-    project(worker, blocks, x, 0, {queries, queries + 2}, Matrix{});
+    project(worker, blocks, x, 0, {queries, queries + 2});
   }
 
   // As run, where keys and values are stored.
   void read(Worker& worker, const DecodeBlock* blocks, float* x) {
-    project(worker, blocks, x, rows_ * p_.dim, {0, packed_.group_queries}, out_of(blocks));
-    finish(worker, blocks, x, Matrix{});
+    project(worker, blocks, x, rows_ * p_.dim, {0, packed_.group_queries});
+    finish(worker, blocks, x);
   }
 
  private:
@@ -89,66 +89,27 @@ class Step {
   };
   Members all() const { return {0, packed_.group_queries + 2}; }
 
-  // A matrix of each block that is run, as a round reads it.
-  struct Matrix {
-    const DecodeBlock* blocks;
-    int64_t offset;  // in a block's packed weights
-    int64_t count;   // things of a block: panels, or attention heads
-    int64_t size;    // elements of one
-  };
-  Matrix qkv_of(const DecodeBlock* blocks, Members members) const {
-    return {blocks, members.first * packed_.head, p_.n_keys * (members.last - members.first),
-            packed_.head};
-  }
-  Matrix out_of(const DecodeBlock* blocks) const {
-    return {blocks, packed_.out, panels_of(p_.dim), panel_size<X>(width_)};
-  }
-  Matrix gate_up_of(const DecodeBlock* blocks) const {
-    return {blocks, packed_.gate_up, packed_.ffn_panels, panel_size<X>(p_.dim)};
-  }
-  Matrix down_of(const DecodeBlock* blocks) const {
-    return {blocks, packed_.down, panels_of(p_.dim), panel_size<X>(p_.ffn_dim)};
-  }
-  const T* at(const Matrix& m, int64_t b, int64_t i) const {
-    return static_cast<const T*>(p_.packed) + (m.blocks - p_.blocks + b) * packed_.size + m.offset +
-           i * m.size;
+  // Of block b that is run: a matrix's panel i of `size` elements, from `offset` of its weights.
+  const T* panel(const DecodeBlock* blocks, int64_t b, int64_t offset, int64_t i,
+                 int64_t size) const {
+    return static_cast<const T*>(p_.packed) + (blocks - p_.blocks + b) * packed_.size + offset +
+           i * size;
   }
 
-  // Things of a piece: not too small, and four a thread, for whoever has to help.
-  int64_t grain_of(int64_t count, int64_t size) const {
-    constexpr int64_t kSmallest = 8192;
-    return std::max(
-        {count * abreast_ / (4 * threads_), kSmallest / std::max<int64_t>(size, 1), int64_t{1}});
-  }
-
-  // One round: calls f(b, begin, end) for pieces of the things of every block b. Meanwhile `next`,
-  // what this worker will read first after it, is fetched if there is one.
+  // One round: calls f(b, begin, end) for pieces of every block's `count` things, which cost `cost`
+  // products each. A piece is not too small, and a thread has four, for whoever has to help.
   template <class F>
-  void for_pieces(Worker& worker, int64_t count, int64_t size, const F& f, const Matrix& next) {
-    constexpr int64_t kLine = 64, kLines = 16384 / kLine, kAtOnce = kPrefetchAhead / kLine;
-    const char* ahead = nullptr;
-    if (next.count > 0) {
-      const int64_t n = next.count * abreast_;
-      const int64_t i = std::min(worker.share_begin(n, grain_of(next.count, next.size)), n - 1);
-      ahead = reinterpret_cast<const char*>(at(next, i / next.count, i % next.count));
-    }
-    const auto fetch = [&](int64_t i) {
-      if (ahead == nullptr || i * kAtOnce >= kLines) return;
-      for (int64_t line = i * kAtOnce; line < (i + 1) * kAtOnce; ++line) {
-        __builtin_prefetch(ahead + line * kLine, 0, 2);
+  void for_pieces(Worker& worker, int64_t count, int64_t cost, const F& f) {
+    constexpr int64_t kSmallest = 8192;
+    const int64_t grain = std::max(
+        {count * abreast_ / (4 * threads_), kSmallest / std::max<int64_t>(cost, 1), int64_t{1}});
+    worker.round(count * abreast_, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t b = begin / count, stop = std::min(end, (b + 1) * count);
+        f(b, begin - b * count, stop - b * count);
+        begin = stop;
       }
-    };
-    worker.round(
-        count * abreast_, grain_of(count, size),
-        [&](int64_t begin, int64_t end) {
-          while (begin < end) {
-            const int64_t b = begin / count;
-            const int64_t stop = std::min(end, (b + 1) * count);
-            f(b, begin - b * count, stop - b * count);
-            begin = stop;
-          }
-        },
-        fetch);
+    });
   }
 
   // The rows of block b, normalised: made at the worker's first piece of the block.
@@ -166,28 +127,22 @@ class Step {
 
   // Queries, keys and values of each block's x.
   void project(Worker& worker, const DecodeBlock* blocks, const float* x, int64_t block_stride,
-               Members members, const Matrix& next) {
-    const Matrix qkv = qkv_of(blocks, members);
+               Members members) {
     const int64_t taken = members.last - members.first;  // of each group of attention heads
-    for_pieces(
-        worker, qkv.count, qkv.size,
-        [&](int64_t b, int64_t begin, int64_t end) {
-          const X* in = normalized(worker, x + b * block_stride, blocks[b].attention_scale, b);
-          float* y = head_.get() + worker.index() * rows_ * head_width_;
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t member = i / taken * all().last + i % taken;
-            panel_products(in, p_.dim, rows_, at(qkv, b, member), p_.dim, packed_.head_panels,
-                           [&](int64_t r, int64_t p, Sums sums) {
-                             sums.first.store(y + r * head_width_ + p * kPanel);
-                             sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
-                           });
-            const int64_t h = packed_.head_at(p_, members.first + member);
-            for (int64_t r = 0; r < rows_; ++r) {
-              finish_head(blocks[b], b, h, r, y + r * head_width_);
-            }
-          }
-        },
-        next);
+    for_pieces(worker, p_.n_keys * taken, packed_.head, [&](int64_t b, int64_t begin, int64_t end) {
+      const X* in = normalized(worker, x + b * block_stride, blocks[b].attention_scale, b);
+      float* y = head_.get() + worker.index() * rows_ * head_width_;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t place = i / taken * all().last + members.first + i % taken;
+        panel_products(in, p_.dim, rows_, panel(blocks, b, 0, place, packed_.head), p_.dim,
+                       packed_.head_panels, [&](int64_t r, int64_t p, Sums sums) {
+                         sums.first.store(y + r * head_width_ + p * kPanel);
+                         sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
+                       });
+        const int64_t h = packed_.head_at(p_, place);
+        for (int64_t r = 0; r < rows_; ++r) finish_head(blocks[b], b, h, r, y + r * head_width_);
+      }
+    });
   }
 
   // Bias, norm and rotation of attention head h of a row; then to its place.
@@ -227,32 +182,25 @@ class Step {
            h * cache_.head;
   }
 
-  void finish(Worker& worker, const DecodeBlock* blocks, float* x, const Matrix& next) {
-    const int64_t dim = p_.dim, ffn = p_.ffn_dim;
-    const Matrix out = out_of(blocks), gate_up = gate_up_of(blocks), down = down_of(blocks);
-    for_pieces(
-        worker, p_.batch * p_.n_queries, 2 * p_.rows * reach_ * p_.head_dim,
-        [&](int64_t b, int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            attend(worker, blocks[b], b, i / p_.n_queries, i % p_.n_queries);
-          }
-        },
-        out);
-    add_products(worker, attended_.get(), width_, out, x, gate_up);
-    for_pieces(
-        worker, gate_up.count, gate_up.size,
-        [&](int64_t b, int64_t begin, int64_t end) {
-          const X* in = normalized(worker, x + b * rows_ * dim, blocks[b].ffn_scale, b);
-          panel_products(in, dim, rows_, at(gate_up, b, begin), dim, end - begin,
-                         [&](int64_t r, int64_t p, Sums sums) {
-                           const int64_t unit = (begin + p) * kLanes;
-                           store_rounded<T>(gated(sums),
-                                            hidden_.get() + (b * rows_ + r) * ffn + unit,
-                                            ffn - unit);
-                         });
-        },
-        down);
-    add_products(worker, hidden_.get(), ffn, down, x, next);
+  void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
+    const int64_t dim = p_.dim, ffn = p_.ffn_dim, size = panel_size<X>(dim);
+    for_pieces(worker, p_.batch * p_.n_queries, 2 * p_.rows * reach_ * p_.head_dim,
+               [&](int64_t b, int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   attend(worker, blocks[b], b, i / p_.n_queries, i % p_.n_queries);
+                 }
+               });
+    add_products(worker, attended_.get(), width_, blocks, packed_.out, x);
+    for_pieces(worker, packed_.ffn_panels, size, [&](int64_t b, int64_t begin, int64_t end) {
+      const X* in = normalized(worker, x + b * rows_ * dim, blocks[b].ffn_scale, b);
+      panel_products(in, dim, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
+                     end - begin, [&](int64_t r, int64_t p, Sums sums) {
+                       const int64_t unit = (begin + p) * kLanes;
+                       store_rounded<T>(gated(sums), hidden_.get() + (b * rows_ + r) * ffn + unit,
+                                        ffn - unit);
+                     });
+    });
+    add_products(worker, hidden_.get(), ffn, blocks, packed_.down, x);
   }
 
   // Attention head h of all of a sequence's new rows.
@@ -288,10 +236,10 @@ class Step {
                    });
   }
 
-  // x += in (abreast, rows, n) @ weight.T
-  void add_products(Worker& worker, const X* in, int64_t n, const Matrix& weight, float* x,
-                    const Matrix& next) {
-    const int64_t dim = p_.dim;
+  // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
+  void add_products(Worker& worker, const X* in, int64_t n, const DecodeBlock* blocks,
+                    int64_t offset, float* x) {
+    const int64_t dim = p_.dim, size = panel_size<X>(n);
     const auto add = [](Vec sum, float* y, int64_t count) {
       if (count >= kLanes) {
         (Vec::load(y) + sum).store(y);
@@ -299,18 +247,15 @@ class Step {
         (Vec::load(y, count, sum) + sum).store(y, count);
       }
     };
-    for_pieces(
-        worker, weight.count, weight.size,
-        [&](int64_t b, int64_t begin, int64_t end) {
-          panel_products(in + b * rows_ * n, n, rows_, at(weight, b, begin), n, end - begin,
-                         [&](int64_t r, int64_t p, Sums sums) {
-                           const int64_t o = (begin + p) * kPanel;
-                           float* y = x + (b * rows_ + r) * dim + o;
-                           add(sums.first, y, dim - o);
-                           add(sums.second, y + kLanes, dim - o - kLanes);
-                         });
-        },
-        next);
+    for_pieces(worker, panels_of(dim), size, [&](int64_t b, int64_t begin, int64_t end) {
+      panel_products(in + b * rows_ * n, n, rows_, panel(blocks, b, offset, begin, size), n,
+                     end - begin, [&](int64_t r, int64_t p, Sums sums) {
+                       const int64_t o = (begin + p) * kPanel;
+                       float* y = x + (b * rows_ + r) * dim + o;
+                       add(sums.first, y, dim - o);
+                       add(sums.second, y + kLanes, dim - o - kLanes);
+                     });
+    });
   }
 
   const DecodeParams& p_;
@@ -331,15 +276,12 @@ class Step {
 
 // The final norm of x (rows, dim): one round.
 void finish_rows(Worker& worker, const DecodeParams& p, int64_t rows) {
-  worker.round(
-      rows, 1,
-      [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          float* x = p.x + r * p.dim;
-          normalize<float>(x, p.final_scale, p.dim, p.norm_eps, x);
-        }
-      },
-      [](int64_t) {});
+  worker.round(rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float* x = p.x + r * p.dim;
+      normalize<float>(x, p.final_scale, p.dim, p.norm_eps, x);
+    }
+  });
 }
 
 }  // namespace
@@ -380,14 +322,13 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
     Step<decltype(storage), decltype(row)> step(p, threads, 1);
     run_rounds(threads, [&](Worker& worker) {
       for (int64_t i = 0; i < p.n_blocks; ++i) {
-        const bool last = i + 1 == p.n_blocks;
-        if (last) {
+        if (i + 1 == p.n_blocks) {
           const auto copy = [&](int64_t, int64_t) {
             memcpy(p.last_input, p.x, sizeof(float) * rows * p.dim);
           };
-          worker.round(1, 1, copy, [](int64_t) {});
+          worker.round(1, 1, copy);
         }
-        step.run(worker, p.blocks + i, p.x, !last);
+        step.run(worker, p.blocks + i, p.x);
       }
       finish_rows(worker, p, rows);
     });

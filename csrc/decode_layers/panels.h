@@ -55,9 +55,9 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
 }
 
 // Into the second-level cache, so many bytes ahead that it loads while several rows are computed.
-constexpr int64_t kPrefetchAhead = 8192;
 inline void prefetch_ahead(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + kPrefetchAhead, 0, 2);
+  constexpr int64_t kAhead = 8192;
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2);
 }
 
 // A row's products with a panel.
