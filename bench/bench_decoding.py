@@ -40,7 +40,7 @@ PERIODIC_SHAPE, QUICK_SHAPE = (24, 8, 512, 1408), (8, 4, 64, 176)
 NEW_TOKENS = 64
 SHIPPED_PROMPT = 128  # bytes, and as many new ones: the checkpoint is trained on twice as many
 PERIOD = 23
-PERIODIC = torch.arange(200) % PERIOD
+PERIODIC = torch.arange(400) % PERIOD
 
 
 def byte_model(trunk: int, heads: int, dim: int, ffn_dim: int) -> MTPTransformer:
@@ -93,13 +93,13 @@ def efficiency(repeats: int) -> dict[str, Any]:
     }
 
 
-def learn_period(model: MTPTransformer, steps: int = 150) -> None:
+def learn_period(model: MTPTransformer, steps: int = 250) -> None:
     """Train on one periodic sequence until every head is right everywhere."""
     text = torch.arange(PERIOD).repeat(12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for _ in range(steps):
-        starts = torch.randint(0, PERIOD, (4, 1))
-        loss = multi_token_loss(model.train(), text[starts + torch.arange(64)])
+        starts = torch.randint(0, PERIOD, (2, 1))
+        loss = multi_token_loss(model.train(), text[starts + torch.arange(128)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
