@@ -228,6 +228,44 @@ def test_bytes_moved(em, batch, capability):
         assert counters.shared_bytes == 14848
 
 
+@needs_emulator
+@pytest.mark.parametrize("capability", [80, 90])
+def test_bytes_moved_by_draws_filters_and_log_probabilities(em, capability):
+    """As the head of cuda.cu states them."""
+    em.set_device(capability)
+    batch, width, vocab = 3, 2, 50257
+    logits = torch.randn(batch, width + 1, vocab).bfloat16()
+    first, drafts = logits[:, 0], logits[:, :-1].argmax(-1)
+    unlikely = logits[:, :-1].clone()
+    logits[:, 0, 5], unlikely[:, 0, 5] = -30, 30
+
+    def rejecting():  # the first draft of two: both rows are judged, then make the residual
+        rejected = torch.full_like(drafts, 5)
+        speculative_accept(logits, rejected, draft_logits=unlikely, temperature=1.0)
+
+    calls = [  # rows read, tiles read besides by each warp of the sequence's blocks, and by one
+        (3, 1, 0, lambda: speculative_accept(logits[:, :1], drafts[:, :0], return_logprobs=True)),
+        (9, 3, 0, lambda: speculative_accept(logits, drafts, return_logprobs=True)),
+        (2, 1, 0, lambda: sample(first, temperature=1.0)),
+        (1, 1, 2, lambda: sample(first, temperature=1.0, top_k=1)),  # a histogram, and the sums
+        (6, 2, 0, rejecting),
+    ]
+    with emulated(em):
+        for rows, by_warp, by_one, call in calls:
+            counters = em.measure()
+            call()
+            warps = counters.blocks * counters.threads / 32
+            tiles = by_warp * warps + by_one * batch
+            expected = rows * batch * 2 * vocab + tiles * 2 * 512
+            assert counters.read == pytest.approx(expected, rel=0.03), rows
+            assert counters.written == 0
+        # A grid exchanges maxima and sums of 99 tiles, and a histogram of 6 KiB.
+        counters = em.measure()
+        sample(first[:1], temperature=1.0, top_k=1)
+        exchanged = 2 * 99 * 4 + counters.blocks * 6144
+        assert counters.written == (exchanged if capability == 80 else 0)
+
+
 # A thread passes the same few barriers many times. The first times of each, every one matters;
 # later ones may wait for nothing, where what they guard has not changed.
 @needs_emulator
