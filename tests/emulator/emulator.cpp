@@ -284,8 +284,6 @@ void run_together(unsigned first_block) {
   }
 }
 
-cudaError_t refuse(cudaError_t error) { return last_error = error; }
-
 }  // namespace
 
 unsigned char* shared_memory() { return running->current->block->shared; }
@@ -377,18 +375,18 @@ void count_write(void* pointer, size_t bytes) {
 int launch(const Launch& launch) {
   if (launch.grid == 0 || launch.grid > INT32_MAX || launch.threads == 0 || launch.threads > 1024 ||
       launch.threads % kWarp != 0) {
-    return refuse(cudaErrorInvalidConfiguration);
+    return cudaErrorInvalidConfiguration;
   }
   const auto limit = dynamic_limit.find(launch.kernel);
   if (launch.shared_bytes > (limit == dynamic_limit.end() ? 48 << 10 : limit->second)) {
-    return refuse(cudaErrorInvalidValue);
+    return cudaErrorInvalidValue;
   }
   const unsigned cluster = launch.cluster;
   if (cluster == 0 || cluster > 8 || (cluster & (cluster - 1)) != 0 || launch.grid % cluster != 0 ||
       (cluster > 1 && (launch.cooperative || !settings.device.clusters))) {
-    return refuse(cudaErrorInvalidClusterSize);
+    return cudaErrorInvalidClusterSize;
   }
-  if (too_many_to_cooperate(launch)) return refuse(cudaErrorCooperativeLaunchTooLarge);
+  if (too_many_to_cooperate(launch)) return cudaErrorCooperativeLaunchTooLarge;
   ++counters.launches;
   counters.blocks = launch.grid;
   counters.threads = launch.threads;
@@ -410,7 +408,7 @@ int launch(const Launch& launch) {
   running = &now;
   for (const unsigned first : first_blocks) {
     run_together(first);
-    if (!report.empty()) return refuse(cudaErrorLaunchFailure);
+    if (!report.empty()) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kDeviceCount = 2;
 
+cudaError_t last_error = cudaSuccess;
+
 cudaError_t refuse(cudaError_t error) { return last_error = error; }
 
 }  // namespace
@@ -20,7 +22,8 @@ using emulator::settings;
 cudaError_t emulated_launch(const emulator::Launch& launch) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  return static_cast<cudaError_t>(emulator::launch(launch));
+  const auto error = static_cast<cudaError_t>(emulator::launch(launch));
+  return error == cudaSuccess ? error : emulator::refuse(error);
 }
 
 cudaError_t cudaGetDevice(int* device) {

@@ -1,8 +1,6 @@
 // What tests set and read, and what the emulated runtime and the scheduler know of each other.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -51,7 +49,6 @@ inline Counters counters{};
 inline std::vector<BarrierSite> sites;
 inline std::map<const void*, size_t> dynamic_limit;  // bytes of shared memory, of a kernel
 inline std::string report;                           // of the last launch: what was wrong
-inline cudaError_t last_error = cudaSuccess;
 inline int current_device = 0;
 
 }  // namespace emulator
