@@ -47,6 +47,7 @@ CASES = [
     Case(20011, BF16, batch=3, stochastic=True, filters=(("top_k", 200), ("top_p", 0.95))),
     Case(20011, FLOAT, batch=3, rule="block", coarse=True, filters=(("top_k", 300),)),
     Case(50257, BF16, batch=2, rule="block", stochastic=True),
+    Case(5003, BF16, filters=(("top_k", 20),)),  # fewer than there are tiles
     Case(129, BF16, batch=30, filters=(("top_k", 1),)),
     Case(300, HALF, batch=30, filters=(("top_k", 2),), coarse=True),
     Case(70_001, FLOAT, batch=2),
@@ -54,6 +55,8 @@ CASES = [
     Case(5003, HALF, batch=1, rule="typical", filters=(TOP_P,)),
     Case(20011, FLOAT, batch=1, rule="block", stochastic=True, filters=(TOP_P,)),
     Case(20011, BF16, batch=1, coarse=True, filters=(("top_k", 300), MIN_P)),
+    # All drafts are accepted: the log-probabilities read row after row into the same images.
+    Case(5003, BF16, batch=1, width=3, filters=(("top_k", 1),)),
 ]
 
 

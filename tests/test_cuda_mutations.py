@@ -108,7 +108,7 @@ MUTATIONS = [
     Mutation(FILTERS, "block < tiles.team.size()", "block < 1"),
     Mutation(FILTERS, "if (key > range.high) return;", ""),
     Mutation(FILTERS, "before + of_bin(bin) >= target", "before + of_bin(bin) > target"),
-    Mutation(FILTERS, "other < tile)", "other > tile)"),
+    Mutation(FILTERS, "if (rank == k) kth", "if (rank < k) kth"),
     Mutation(FILTERS, "static_cast<double>(n) - 0.5", "static_cast<double>(n) + 0.5"),
     Mutation(ACCEPTANCE, "id == draft ? 0.0f : p", "p"),
     Mutation(ACCEPTANCE, "Lane(q) * Lane(on_q)", "Lane(q) * Lane(on_p)"),
@@ -134,7 +134,7 @@ def sources() -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.planted)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.planted or f"no {m.correct}")
 def test_planted_fault_is_noticed(sources, mutation):
     path = sources / mutation.file
     original = path.read_text()
