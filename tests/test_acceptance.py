@@ -214,7 +214,7 @@ def test_block_accepts_at_least_as_many_as_exact() -> None:
     """In expectation, over 20,000 seeds of each of 24 pairs; the rules share no per-draw order."""
     generator = torch.Generator().manual_seed(5)
     runs, width, vocab = draws(20_000), 4, 6
-    for case in range(0, 24, 6 if emulated() else 1):
+    for case in range(0, 24, 6 if emulated() else 1):  # they differ in numbers alone
         noise = 0.3 + 0.1 * case
         target = torch.randn(width + 1, vocab, generator=generator)
         draft = target[:-1] + noise * torch.randn(width, vocab, generator=generator)
