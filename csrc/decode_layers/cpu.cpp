@@ -118,7 +118,7 @@ class Step {
     const int64_t key = worker.rounds_begun() * abreast_ + b;
     if (normalized_of_[worker.index()] != key) {
       for (int64_t r = 0; r < rows_; ++r) {
-        normalize<T>(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * p_.dim);
+        normalize(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * p_.dim);
       }
       normalized_of_[worker.index()] = key;
     }
@@ -159,7 +159,7 @@ class Step {
       return;
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
-    if (scale != nullptr) normalize<float>(x, scale, size, p_.norm_eps, x);
+    if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
     const float* cosine = p_.rope + position * 2 * size;
     const float* sine = cosine + size;
     for (int64_t i = 0; i < half; ++i) {
@@ -196,8 +196,8 @@ class Step {
       panel_products(in, dim, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
                      end - begin, [&](int64_t r, int64_t p, Sums sums) {
                        const int64_t unit = (begin + p) * kLanes;
-                       store_rounded<T>(gated(sums), hidden_.get() + (b * rows_ + r) * ffn + unit,
-                                        ffn - unit);
+                       store_some(gated(sums), hidden_.get() + (b * rows_ + r) * ffn + unit,
+                                  ffn - unit);
                      });
     });
     add_products(worker, hidden_.get(), ffn, blocks, packed_.down, x);
@@ -229,9 +229,9 @@ class Step {
                      X* y = attended_.get() + offset + r * width_ + p * kPanel;
                      const Vec factor(factors[r]);
                      const int64_t rest = size - p * kPanel;
-                     store_rounded<T>(sums.first * factor, y, rest);
+                     store_some(sums.first * factor, y, rest);
                      if (rest > kLanes) {
-                       store_rounded<T>(sums.second * factor, y + kLanes, rest - kLanes);
+                       store_some(sums.second * factor, y + kLanes, rest - kLanes);
                      }
                    });
   }
@@ -279,7 +279,7 @@ void finish_rows(Worker& worker, const DecodeParams& p, int64_t rows) {
   worker.round(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float* x = p.x + r * p.dim;
-      normalize<float>(x, p.final_scale, p.dim, p.norm_eps, x);
+      normalize(x, p.final_scale, p.dim, p.norm_eps, x);
     }
   });
 }

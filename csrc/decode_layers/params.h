@@ -1,6 +1,7 @@
 // Transformer blocks over new rows of each sequence, against cached keys and values: all the layers
-// of a decode step in one call. Between the products everything is float32; the products take the
-// weights in the dtype that the model stores them in, and their inputs rounded to it.
+// of a decode step in one call. Everything is float32 but the weights, which stay in the dtype that
+// the model stores them in, and the rows that go into bfloat16 products where the processor has
+// them.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "decode_layers/panels.h"
 
@@ -26,27 +25,21 @@ inline float square_sum(const float* x, int64_t n) {
   return sum.hsum();
 }
 
-// Stores the first n <= kLanes lanes of v rounded to T, as a T or a float.
-template <class T, class X>
-inline void store_rounded(Vec v, X* y, int64_t n) {
-  if constexpr (!std::is_same_v<T, X>) {
-    T rounded[kLanes];
-    v.store(rounded);
-    v = Vec::load(rounded);
-  }
+// Stores the first lanes of v, at most n.
+template <class X>
+inline void store_some(Vec v, X* y, int64_t n) {
   n >= kLanes ? v.store(y) : v.store(y, n);
 }
 
-// RMSNorm of x (n) times `scale`, rounded to T; y may be x.
-template <class T, class X>
+// RMSNorm of x (n) times `scale`; y may be x.
+template <class X>
 inline void normalize(const float* x, const float* scale, int64_t n, float eps, X* y) {
   const Vec factor(1.0f / std::sqrt(square_sum(x, n) / static_cast<float>(n) + eps)), zero(0.0f);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store_rounded<T>(Vec::load(x + i) * factor * Vec::load(scale + i), y + i, kLanes);
+    (Vec::load(x + i) * factor * Vec::load(scale + i)).store(y + i);
   if (const int64_t rest = n - i; rest > 0) {
-    store_rounded<T>(Vec::load(x + i, rest, zero) * factor * Vec::load(scale + i, rest, zero),
-                     y + i, rest);
+    (Vec::load(x + i, rest, zero) * factor * Vec::load(scale + i, rest, zero)).store(y + i, rest);
   }
 }
 
