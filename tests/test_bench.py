@@ -105,7 +105,7 @@ def test_report(bench, arguments, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(bench_cross_entropy, "TABLE_SHAPE", (4, 8, 16, 512))
     monkeypatch.setattr(bench_cross_entropy, "peers", lambda: {"eager": bench_cross_entropy.eager})
     monkeypatch.setattr(bench_training, "SHAPES", {"bytes": bench_training.SMALL})
-    monkeypatch.setattr(bench_decoding, "SHAPES", ((2, 2),))
+    monkeypatch.setattr(bench_decoding, "SHAPES", ((2, 2, 64, 176),))
     monkeypatch.setattr(bench_decoding, "PERIODIC_SHAPE", (2, 2, 64, 176))
     for module in (bench_cross_entropy, bench_training):
         monkeypatch.setattr(module, "in_fresh_process", lambda *_: 12.5)
