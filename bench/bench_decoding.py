@@ -6,8 +6,9 @@ Weights are random: a step costs the same whether its drafts are accepted or not
 makes drafts that are always accepted, by a model that is trained on a periodic sequence, and times
 whole generations. The shipped checkpoint is not timed: how many tokens a forward gives is a count.
 
-    pytest bench/bench_decoding.py --benchmark-only     # small models
-    python bench/bench_decoding.py              # steps: 30M and 100M parameters
+    pytest bench/bench_decoding.py --benchmark-only --quick     # a small model
+    pytest bench/bench_decoding.py --benchmark-only     # trains for some minutes first
+    python bench/bench_decoding.py              # steps: 30M and 103M parameters
     python bench/bench_decoding.py --periodic   # trains for some minutes first
     python bench/bench_decoding.py --shipped    # tokens per forward on held-out code
 """
