@@ -106,6 +106,20 @@ def test_a_row_has_the_same_bits_beside_any_others(simd_level, dtype):
     torch.set_num_threads(threads)
 
 
+@DTYPES
+@torch.no_grad()
+def test_a_draft_that_is_not_finite_leaves_the_rows_before_it_alone(simd_level, dtype):
+    model = sharp_model().to(dtype)
+    model.embedding.weight[39] = torch.nan
+    tokens = torch.tensor([[3, 1, 4, 1, 39, 5]])
+    cached = IncrementalModel(model, 1, batch=1, capacity=8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    want = cached.forward(tokens[:, :4], cached.rows(zero, 4, 8))[1]
+    got = cached.forward(tokens, cached.rows(zero, 6, 8))[1]
+    assert torch.equal(got[:, :4], want)
+    assert got[:, 4:].isnan().all()
+
+
 @torch.no_grad()
 def test_long_contexts_attend_to_everything(simd_level):
     """More cached positions than a tile has, each of which counts."""

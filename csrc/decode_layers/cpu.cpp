@@ -219,20 +219,23 @@ class Step {
                      sums.first.store(scores + r * reach_ + p * kPanel);
                      sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
                    });
+    const int64_t shared = seen - p_.rows + 1;  // positions that every row sees; row r sees r more
     for (int64_t r = 0; r < p_.rows; ++r) {
-      const int64_t unseen = p_.rows - 1 - r;
-      factors[r] = 1.0f / exponentials(scores + r * reach_, seen - unseen, scale);
-      memset(scores + r * reach_ + seen - unseen, 0, sizeof(float) * unseen);
+      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale);
     }
-    panel_products(scores, reach_, p_.rows, values, kPanel, cache_.value_width, seen,
+    panel_products(scores, reach_, p_.rows, values, kPanel, cache_.value_width, shared,
                    panels_of(size), [&](int64_t r, int64_t p, Sums sums) {
+                     for (int64_t t = shared; t < shared + r; ++t) {
+                       const Vec score(scores[r * reach_ + t]);
+                       const float* value = values + t * cache_.value_width + p * kPanel;
+                       sums.first = fma(score, Vec::load(value), sums.first);
+                       sums.second = fma(score, Vec::load(value + kLanes), sums.second);
+                     }
                      X* y = attended_.get() + offset + r * width_ + p * kPanel;
                      const Vec factor(factors[r]);
                      const int64_t rest = size - p * kPanel;
                      store_some(sums.first * factor, y, rest);
-                     if (rest > kLanes) {
-                       store_some(sums.second * factor, y + kLanes, rest - kLanes);
-                     }
+                     if (rest > kLanes) store_some(sums.second * factor, y + kLanes, rest - kLanes);
                    });
   }
 
