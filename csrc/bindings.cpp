@@ -256,17 +256,6 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key0, uint3
   return {words.word, words.word + 4};
 }
 
-const char* name_of(SimdLevel level) {
-  switch (level) {
-    case SimdLevel::avx512:
-      return "avx512";
-    case SimdLevel::avx2:
-      return "avx2";
-    default:
-      return "portable";
-  }
-}
-
 py::dict build_info() {
   py::dict info;
   info["compiler"] = MTP_COMPILER;
@@ -292,6 +281,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace mtp;
   using without_gil = py::call_guard<py::gil_scoped_release>;
+  simd_level();  // throws where MTP_FAST_SIMD is wrong
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("few_row_linear", cpu_entry(few_row_linear_cpu, few_row_linear_params), without_gil());

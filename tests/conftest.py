@@ -22,14 +22,25 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=range(len(SIMD_LEVELS)), ids=SIMD_LEVELS)
-def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once with every instruction set of this machine."""
+def _at_level(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.config.getoption("--emulated") and request.param > 0:
         pytest.skip("the CUDA kernels have no instruction sets")
     _C.set_simd_level(request.param)
     yield SIMD_LEVELS[request.param]
     _C.set_simd_level(len(SIMD_LEVELS) - 1)
+
+
+# Kernels are compiled for each of the first three levels.
+@pytest.fixture(params=range(min(len(SIMD_LEVELS), 3)), ids=SIMD_LEVELS[:3])
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once with every instruction set of this machine that the kernel has code for."""
+    yield from _at_level(request)
+
+
+@pytest.fixture(params=range(len(SIMD_LEVELS)), ids=SIMD_LEVELS)
+def product_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for kernels that ask for instructions for bfloat16 products too."""
+    yield from _at_level(request)
 
 
 @pytest.fixture(params=["kernels", "torch"])

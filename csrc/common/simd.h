@@ -256,14 +256,6 @@ struct Vec {
 
 inline Vec operator-(Vec a) { return Vec(0.0f) - a; }
 
-#if defined(__AVX512F__)
-// Whether the processor has products of bfloat16 pairs (AVX512_BF16).
-inline bool has_bfloat16_dots() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-}
-#endif
-
 // exp(x) for x <= 88.72, below 2 ulp of the true value where that is a normal number (about 1.1 was
 // seen over all floats); below -87.34 the result loses bits as subnormals do and reaches 0 by -104;
 // exp(-inf) is 0 and NaN stays NaN.

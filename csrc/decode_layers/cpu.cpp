@@ -24,15 +24,22 @@ namespace mtp {
 namespace MTP_SIMD {
 namespace {
 
-// Scratch that starts on a cache line, so that a vector of it never lies in two.
+// Scratch rows that start on a cache line, so that a vector of them never lies in two; zeros behind
+// `width` elements up to the next row (panels.h: padded).
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * n, std::align_val_t{64}))) {}
+  Scratch(int64_t rows, int64_t width)
+      : ld(padded<T>(width)),
+        data_(static_cast<T*>(::operator new(sizeof(T) * rows * ld, std::align_val_t{64}))) {
+    for (int64_t r = 0; r < rows; ++r) std::fill(data_ + r * ld + width, data_ + (r + 1) * ld, T{});
+  }
   ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
   Scratch(const Scratch&) = delete;
-  T* get() const { return data_; }
+
+  T* row(int64_t r) const { return data_ + r * ld; }
+
+  const int64_t ld;  // elements from row to row
 
  private:
   T* const data_;
@@ -55,14 +62,16 @@ class Step {
         reach_(
             panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
             kPanel),
-        queries_(abreast * rows_ * width_),
-        attended_(abreast * rows_ * width_),
-        hidden_(abreast * rows_ * params.ffn_dim),
-        normalized_(threads * rows_ * params.dim),
+        queries_(abreast * rows_, width_),
+        attended_(abreast * rows_, width_),
+        hidden_(abreast * rows_, params.ffn_dim),
+        normalized_(threads * rows_, params.dim),
         normalized_of_(threads),
-        head_(threads * rows_ * head_width_),
-        scores_(threads * params.rows * reach_),
-        factors_(threads * params.rows) {}
+        head_(threads * rows_, head_width_),
+        scores_(threads * params.rows, reach_),
+        factors_(threads, params.rows) {}
+
+  int64_t rows() const { return rows_; }  // that each product takes
 
   // x (abreast, rows, dim), in place.
   void run(Worker& worker, const DecodeBlock* blocks, float* x) {
@@ -114,11 +123,11 @@ class Step {
 
   // The rows of block b, normalised: made at the worker's first piece of the block.
   const X* normalized(const Worker& worker, const float* x, const float* scale, int64_t b) {
-    X* y = normalized_.get() + worker.index() * rows_ * p_.dim;
+    X* y = normalized_.row(worker.index() * rows_);
     const int64_t key = worker.rounds_begun() * abreast_ + b;
     if (normalized_of_[worker.index()] != key) {
       for (int64_t r = 0; r < rows_; ++r) {
-        normalize(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * p_.dim);
+        normalize(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * normalized_.ld);
       }
       normalized_of_[worker.index()] = key;
     }
@@ -131,10 +140,10 @@ class Step {
     const int64_t taken = members.last - members.first;  // of each group of attention heads
     for_pieces(worker, p_.n_keys * taken, packed_.head, [&](int64_t b, int64_t begin, int64_t end) {
       const X* in = normalized(worker, x + b * block_stride, blocks[b].attention_scale, b);
-      float* y = head_.get() + worker.index() * rows_ * head_width_;
+      float* y = head_.row(worker.index() * rows_);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t place = i / taken * all().last + members.first + i % taken;
-        panel_products(in, p_.dim, rows_, panel(blocks, b, 0, place, packed_.head), p_.dim,
+        panel_products(in, normalized_.ld, rows_, panel(blocks, b, 0, place, packed_.head), p_.dim,
                        packed_.head_panels, [&](int64_t r, int64_t p, Sums sums) {
                          sums.first.store(y + r * head_width_ + p * kPanel);
                          sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
@@ -168,7 +177,7 @@ class Step {
       x[half + i] = high * cosine[half + i] + low * sine[half + i];
     }
     if (key < 0) {
-      memcpy(queries_.get() + (b * rows_ + row) * width_ + h * size, x, sizeof(float) * size);
+      memcpy(queries_.row(b * rows_ + row) + h * size, x, sizeof(float) * size);
     } else {
       float* y = cached(block, sequence, key) + position / kPanel * panel_size<float>(size) +
                  position % kPanel;
@@ -190,17 +199,16 @@ class Step {
                    attend(worker, blocks[b], b, i / p_.n_queries, i % p_.n_queries);
                  }
                });
-    add_products(worker, attended_.get(), width_, blocks, packed_.out, x);
+    add_products(worker, attended_, width_, blocks, packed_.out, x);
     for_pieces(worker, packed_.ffn_panels, size, [&](int64_t b, int64_t begin, int64_t end) {
       const X* in = normalized(worker, x + b * rows_ * dim, blocks[b].ffn_scale, b);
-      panel_products(in, dim, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
+      panel_products(in, normalized_.ld, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
                      end - begin, [&](int64_t r, int64_t p, Sums sums) {
                        const int64_t unit = (begin + p) * kLanes;
-                       store_some(gated(sums), hidden_.get() + (b * rows_ + r) * ffn + unit,
-                                  ffn - unit);
+                       store_some(gated(sums), hidden_.row(b * rows_ + r) + unit, ffn - unit);
                      });
     });
-    add_products(worker, hidden_.get(), ffn, blocks, packed_.down, x);
+    add_products(worker, hidden_, ffn, blocks, packed_.down, x);
   }
 
   // Attention head h of all of a sequence's new rows.
@@ -210,11 +218,11 @@ class Step {
     const float* keys = cached(block, sequence, h / packed_.group_queries);
     const float* values = keys + cache_.keys;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    const int64_t offset = (b * p_.batch + sequence) * p_.rows * width_ + h * size;
+    const int64_t row = (b * p_.batch + sequence) * p_.rows;
     const int64_t seen = p_.start[sequence] + p_.rows;  // positions that the last row sees
-    float* scores = scores_.get() + worker.index() * p_.rows * reach_;
-    float* factors = factors_.get() + worker.index() * p_.rows;
-    panel_products(queries_.get() + offset, width_, p_.rows, keys, size, panels_of(seen),
+    float* scores = scores_.row(worker.index() * p_.rows);
+    float* factors = factors_.row(worker.index());
+    panel_products(queries_.row(row) + h * size, width_, p_.rows, keys, size, panels_of(seen),
                    [&](int64_t r, int64_t p, Sums sums) {
                      sums.first.store(scores + r * reach_ + p * kPanel);
                      sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
@@ -231,7 +239,7 @@ class Step {
                        sums.first = fma(score, Vec::load(value), sums.first);
                        sums.second = fma(score, Vec::load(value + kLanes), sums.second);
                      }
-                     X* y = attended_.get() + offset + r * width_ + p * kPanel;
+                     X* y = attended_.row(row + r) + h * size + p * kPanel;
                      const Vec factor(factors[r]);
                      const int64_t rest = size - p * kPanel;
                      store_some(sums.first * factor, y, rest);
@@ -240,7 +248,7 @@ class Step {
   }
 
   // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
-  void add_products(Worker& worker, const X* in, int64_t n, const DecodeBlock* blocks,
+  void add_products(Worker& worker, const Scratch<X>& in, int64_t n, const DecodeBlock* blocks,
                     int64_t offset, float* x) {
     const int64_t dim = p_.dim, size = panel_size<X>(n);
     const auto add = [](Vec sum, float* y, int64_t count) {
@@ -251,7 +259,7 @@ class Step {
       }
     };
     for_pieces(worker, panels_of(dim), size, [&](int64_t b, int64_t begin, int64_t end) {
-      panel_products(in + b * rows_ * n, n, rows_, panel(blocks, b, offset, begin, size), n,
+      panel_products(in.row(b * rows_), in.ld, rows_, panel(blocks, b, offset, begin, size), n,
                      end - begin, [&](int64_t r, int64_t p, Sums sums) {
                        const int64_t o = (begin + p) * kPanel;
                        float* y = x + (b * rows_ + r) * dim + o;
@@ -324,6 +332,7 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
     const int64_t rows = p.batch * p.rows;
     Step<decltype(storage), decltype(row)> step(p, threads, 1);
     run_rounds(threads, [&](Worker& worker) {
+      const MatrixRegisters registers(step.rows());
       for (int64_t i = 0; i < p.n_blocks; ++i) {
         if (i + 1 == p.n_blocks) {
           const auto copy = [&](int64_t, int64_t) {
@@ -343,7 +352,10 @@ void decode_keys_values_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int thre
   using namespace MTP_SIMD;
   with_types(p.dtype, [&](auto storage, auto row) {
     Step<decltype(storage), decltype(row)> step(p, threads, p.n_blocks);
-    run_rounds(threads, [&](Worker& worker) { step.store_keys_values(worker, p.blocks, p.x); });
+    run_rounds(threads, [&](Worker& worker) {
+      const MatrixRegisters registers(step.rows());
+      step.store_keys_values(worker, p.blocks, p.x);
+    });
   });
 }
 
@@ -353,6 +365,7 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   with_types(p.dtype, [&](auto storage, auto row) {
     Step<decltype(storage), decltype(row)> step(p, threads, p.n_blocks);
     run_rounds(threads, [&](Worker& worker) {
+      const MatrixRegisters registers(step.rows());
       step.read(worker, p.blocks, p.x);
       finish_rows(worker, p, p.n_blocks * p.batch);
     });

@@ -16,7 +16,7 @@ void with_types(DType dtype, const F& f) {
   dispatch_dtype(dtype, [&](auto storage) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<decltype(storage), BFloat16>) {
-      if (has_bfloat16_dots()) return f(storage, storage);
+      if (has_bfloat16_pairs()) return f(storage, storage);
     }
 #endif
     f(storage, float{});

@@ -2,9 +2,10 @@
 // side, one input after the other, so that a vector holds the weights of as many outputs. Nothing
 // is summed across a vector, and a panel is read from memory front to back.
 //
-// T is what the weight is stored in, X what the rows are: bfloat16 where the processor has pair
-// products (AVX512_BF16), which take two inputs at a time; float32 everywhere else. A row's sums
-// are made in one order whatever stands beside it.
+// T is what the weight is stored in, X what the rows are: bfloat16 where the processor has products
+// of bfloat16, by pairs of inputs (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much
+// work as one); float32 everywhere else. A row's sums are made in one order whatever stands beside
+// it.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "common/simd.h"
+#include "common/simd_level.h"
 
 namespace mtp {
 namespace MTP_SIMD {
@@ -27,10 +29,18 @@ constexpr int64_t kDepth = std::is_same_v<X, BFloat16> ? 2 : 1;  // inputs that 
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
+// Inputs with the zeros behind them, of a panel and of each row of x: as many as a matrix register
+// is wide.
+template <class X>
+inline int64_t padded(int64_t in) {
+  constexpr int64_t kWhole = std::is_same_v<X, BFloat16> ? 32 : 1;
+  return (in + kWhole - 1) / kWhole * kWhole;
+}
+
 // Elements of a panel.
 template <class X>
 inline int64_t panel_size(int64_t in) {
-  return kPanel * ((in + kDepth<X> - 1) / kDepth<X> * kDepth<X>);
+  return kPanel * padded<X>(in);
 }
 
 // Half of a panel from the first rows of a weight (count, in); outputs beyond them are 0.
@@ -48,7 +58,7 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
     if (count < kLanes || i >= whole) memset(to, 0, kBytes * kLanes);
     if (i < whole) {
       pack(i * kDepth<X>, to, std::integral_constant<size_t, kBytes>{});
-    } else {
+    } else if (i * kDepth<X> < in) {
       pack(i * kDepth<X>, to, std::integral_constant<size_t, sizeof(T)>{});
     }
   }
@@ -91,25 +101,21 @@ __attribute__((target("avx512bf16"))) inline void panel_sums(const BFloat16* x, 
                                                              std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = b[r] = Vec(0.0f)), ...);
-  // `bytes` of the rows' pairs: half a pair at an odd end.
-  const auto add = [&](int64_t i, auto bytes) __attribute__((target("avx512bf16"), always_inline)) {
+  for (int64_t i = 0; i < in; i += 2, panel += 2 * stride) {
     prefetch_ahead(panel);
     prefetch_ahead(panel + kPanel);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + kPanel);
-    const auto pair = [&](const BFloat16* p) __attribute__((target("avx512bf16"), always_inline)) {
-      int32_t two = 0;
-      memcpy(&two, p, bytes);
+    const auto pair = [](const BFloat16* p) {
+      int32_t two;
+      memcpy(&two, p, sizeof two);
       return (__m512bh)_mm512_set1_epi32(two);
     };
     __m512bh v;
     ((v = pair(x + r * ld + i), a[r] = _mm512_dpbf16_ps(a[r].v, w0, v),
       b[r] = _mm512_dpbf16_ps(b[r].v, w1, v)),
      ...);
-    panel += 2 * stride;
-  };
-  for (int64_t i = 0; i + 2 <= in; i += 2) add(i, std::integral_constant<size_t, 4>{});
-  if (in % 2 != 0) add(in - 1, std::integral_constant<size_t, 2>{});
+  }
   ((out[r] = {a[r], b[r]}), ...);
 }
 
@@ -137,11 +143,92 @@ inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels
   }
 }
 
+#if defined(__AVX512F__)
+
+// The matrix registers of a thread, while it multiplies so many rows. Numbers 0, 1: sums of 16 rows
+// and 16 outputs; 2: 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel.
+class MatrixRegisters {
+ public:
+  static constexpr int64_t kRows = 16, kInputs = 32;
+
+  __attribute__((target("amx-tile"))) explicit MatrixRegisters(int64_t rows) {
+    if (!has_bfloat16_matrices()) return;
+    struct {  // as ldtilecfg reads it
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
+      uint8_t rows[16] = {};
+    } shapes;
+    for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(std::min(rows, kRows));
+    for (int i = 3; i < 5; ++i) shapes.rows[i] = kInputs / 2;  // pairs
+    // The intrinsic does not say how much is read.
+    __asm__ volatile("" : : "r"(&shapes) : "memory");
+    _tile_loadconfig(&shapes);
+  }
+  __attribute__((target("amx-tile"))) ~MatrixRegisters() {
+    if (has_bfloat16_matrices()) _tile_release();
+  }
+  MatrixRegisters(const MatrixRegisters&) = delete;
+};
+
+// panel_products with the matrix registers, where they are set up for `rows`.
+template <class F>
+__attribute__((target("amx-tile,amx-bf16"))) inline void matrix_products(const BFloat16* x,
+                                                                         int64_t ld, int64_t rows,
+                                                                         const BFloat16* panels,
+                                                                         int64_t in, int64_t count,
+                                                                         const F& take) {
+  constexpr int64_t kRows = MatrixRegisters::kRows, kInputs = MatrixRegisters::kInputs;
+  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kLine = 64 / sizeof(BFloat16);
+  const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
+  alignas(64) float sums[2][kRows][kLanes];
+  for (int64_t p = 0; p < count; ++p, panels += kPanel * in) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
+      _tile_zero(0);
+      _tile_zero(1);
+      const BFloat16* w = panels;
+      for (int64_t i = 0; i < in; i += kInputs, w += kInputs * kPanel) {
+        const auto prefetch = [&](int64_t quarter) __attribute__((always_inline)) {
+          for (int64_t line = 0; line < 8; ++line) prefetch_ahead(w + (8 * quarter + line) * kLine);
+        };
+        prefetch(0);
+        _tile_loadd(2, x + first * ld + i, x_bytes);
+        prefetch(1);
+        _tile_loadd(3, w, kPairBytes);
+        prefetch(2);
+        _tile_dpbf16ps(0, 2, 3);
+        prefetch(3);
+        _tile_loadd(4, w + kPanel, kPairBytes);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, sums[0], sizeof sums[0][0]);
+      _tile_stored(1, sums[1], sizeof sums[1][0]);
+      for (int64_t r = row - first; r < tile_rows; ++r) {
+        take(first + r, p, Sums{Vec::load(sums[0][r]), Vec::load(sums[1][r])});
+      }
+    }
+  }
+}
+
+#else
+
+struct MatrixRegisters {
+  explicit MatrixRegisters(int64_t) {}
+};
+
+#endif
+
 // The same for panels that are packed.
 template <class T, class X, class F>
 inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t in,
                            int64_t count, const F& take) {
-  panel_products(x, ld, rows, panels, panel_size<X>(in), kPanel, in, count, take);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    if (has_bfloat16_matrices())
+      return matrix_products(x, ld, rows, panels, padded<X>(in), count, take);
+  }
+#endif
+  panel_products(x, ld, rows, panels, panel_size<X>(in), kPanel, padded<X>(in), count, take);
 }
 
 }  // namespace MTP_SIMD

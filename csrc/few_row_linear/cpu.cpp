@@ -113,7 +113,7 @@ void dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
   constexpr auto rows = std::make_integer_sequence<int, R>{};
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (has_bfloat16_dots()) return bfloat16_dots(x, ld, w, n, sums, rows);
+    if (has_bfloat16_pairs()) return bfloat16_dots(x, ld, w, n, sums, rows);
   }
 #endif
   float_dots(x, ld, w, n, sums, rows);
