@@ -57,7 +57,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 @torch.no_grad()
-def test_against_the_models_forward_in_float64(product_level, monkeypatch, dtype, shape, rows):
+def test_against_the_models_forward_in_float64(decode_level, monkeypatch, dtype, shape, rows):
     """Ragged sequences, every position, every head; the error is that of the inputs' rounding."""
     model = model_with_biases(**SHAPES[shape]).to(dtype)
     exact = copy.deepcopy(model).double()
@@ -86,7 +86,7 @@ def test_against_the_models_forward_in_float64(product_level, monkeypatch, dtype
 
 @DTYPES
 @torch.no_grad()
-def test_a_row_has_the_same_bits_beside_any_others(product_level, dtype):
+def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
     """Beside other sequences, beside other rows of its own, at any number of threads."""
     model = sharp_model().to(dtype)
     tokens = torch.randint(0, 40, (4, 4))
@@ -108,7 +108,7 @@ def test_a_row_has_the_same_bits_beside_any_others(product_level, dtype):
 
 @DTYPES
 @torch.no_grad()
-def test_a_draft_that_is_not_finite_leaves_the_rows_before_it_alone(product_level, dtype):
+def test_a_draft_that_is_not_finite_leaves_the_rows_before_it_alone(decode_level, dtype):
     model = sharp_model().to(dtype)
     model.embedding.weight[39] = torch.nan
     tokens = torch.tensor([[3, 1, 4, 1, 39, 5]])
@@ -135,7 +135,7 @@ def test_torch_multiplies_as_before_behind_a_step():
 
 
 @torch.no_grad()
-def test_long_contexts_attend_to_everything(product_level):
+def test_long_contexts_attend_to_everything(decode_level):
     """More cached positions than a tile has, each of which counts."""
     model = sharp_model(max_seq_len=700)
     tokens = torch.randint(0, 40, (2, 700))

@@ -14,7 +14,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1), (37, 100), (64, 256), (130, 31), (2000, 33)])
-def test_against_float64(product_level, dtype, shape):
+def test_against_float64(simd_level, dtype, shape):
     out, width = shape
     weight = torch.randn(out, width + 3).to(dtype)[:, :width]  # rows further apart than long
     for rows in range(1, MAX_ROWS + 1):
@@ -25,7 +25,7 @@ def test_against_float64(product_level, dtype, shape):
 
 
 @DTYPES
-def test_a_row_has_the_same_bits_beside_any_others(product_level, dtype):
+def test_a_row_has_the_same_bits_beside_any_others(simd_level, dtype):
     x, weight = torch.randn(MAX_ROWS, 200).to(dtype), torch.randn(301, 200).to(dtype)
     together = few_row_linear(x, weight)
     for rows in range(1, MAX_ROWS):

@@ -1,8 +1,7 @@
-// Which instruction set the CPU kernels use. Every cpu.cpp is compiled once for each of the first
-// three levels, with MTP_SIMD defined as the level's name; the levels above them are AVX-512 with
-// instructions for bfloat16 products, which few kernels use and ask for themselves. The level is
-// chosen when the process runs: the best that the processor has, or a lower one on request
-// (environment variable MTP_FAST_SIMD, tests).
+// Which instruction set the CPU kernels use. Every cpu.cpp is compiled once per level, each time
+// with MTP_SIMD defined as the level's name, and the level is chosen when the process runs: the
+// best that the processor has, or a lower one on request (environment variable MTP_FAST_SIMD,
+// tests). AMX is avx512_bf16 and has no code of its own: the one kernel that has a use for it asks.
 #pragma once
 
 #include <type_traits>
@@ -17,10 +16,7 @@ SimdLevel simd_level();
 // Levels above the best one are lowered to it.
 void set_simd_level(SimdLevel level);
 
-// Products of bfloat16 pairs (AVX512_BF16).
-inline bool has_bfloat16_pairs() { return simd_level() >= SimdLevel::avx512_bf16; }
-// Products of bfloat16 matrices (AMX_BF16).
-inline bool has_bfloat16_matrices() { return simd_level() >= SimdLevel::amx; }
+inline bool has_amx() { return simd_level() >= SimdLevel::amx; }
 
 template <SimdLevel level>
 using SimdConstant = std::integral_constant<SimdLevel, level>;
@@ -32,6 +28,7 @@ void with_simd_level(F&& f) {
   switch (simd_level()) {
     case SimdLevel::amx:
     case SimdLevel::avx512_bf16:
+      return f(SimdConstant<SimdLevel::avx512_bf16>{});
     case SimdLevel::avx512:
       return f(SimdConstant<SimdLevel::avx512>{});
     case SimdLevel::avx2:

@@ -14,12 +14,12 @@ namespace MTP_SIMD {
 template <class F>
 void with_types(DType dtype, const F& f) {
   dispatch_dtype(dtype, [&](auto storage) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<decltype(storage), BFloat16>) {
-      if (has_bfloat16_pairs()) return f(storage, storage);
-    }
+#if defined(__AVX512BF16__)
+    constexpr bool kBFloat16Rows = std::is_same_v<decltype(storage), BFloat16>;
+#else
+    constexpr bool kBFloat16Rows = false;
 #endif
-    f(storage, float{});
+    f(storage, std::conditional_t<kBFloat16Rows, BFloat16, float>{});
   });
 }
 

@@ -92,13 +92,11 @@ inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t strid
   ((out[r] = {a[r], b[r]}), ...);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 
 template <int... r>
-__attribute__((target("avx512bf16"))) inline void panel_sums(const BFloat16* x, int64_t ld,
-                                                             const BFloat16* panel, int64_t stride,
-                                                             int64_t in, Sums* out,
-                                                             std::integer_sequence<int, r...>) {
+inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int64_t stride,
+                       int64_t in, Sums* out, std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = b[r] = Vec(0.0f)), ...);
   for (int64_t i = 0; i < in; i += 2, panel += 2 * stride) {
@@ -143,7 +141,7 @@ inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels
   }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 
 // The matrix registers of a thread, while it multiplies so many rows. Numbers 0, 1: sums of 16 rows
 // and 16 outputs; 2: 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel.
@@ -151,8 +149,8 @@ class MatrixRegisters {
  public:
   static constexpr int64_t kRows = 16, kInputs = 32;
 
-  __attribute__((target("amx-tile"))) explicit MatrixRegisters(int64_t rows) {
-    if (!has_bfloat16_matrices()) return;
+  explicit MatrixRegisters(int64_t rows) {
+    if (!has_amx()) return;
     struct {  // as ldtilecfg reads it
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
@@ -164,19 +162,16 @@ class MatrixRegisters {
     __asm__ volatile("" : : "r"(&shapes) : "memory");
     _tile_loadconfig(&shapes);
   }
-  __attribute__((target("amx-tile"))) ~MatrixRegisters() {
-    if (has_bfloat16_matrices()) _tile_release();
+  ~MatrixRegisters() {
+    if (has_amx()) _tile_release();
   }
   MatrixRegisters(const MatrixRegisters&) = delete;
 };
 
 // panel_products with the matrix registers, where they are set up for `rows`.
 template <class F>
-__attribute__((target("amx-tile,amx-bf16"))) inline void matrix_products(const BFloat16* x,
-                                                                         int64_t ld, int64_t rows,
-                                                                         const BFloat16* panels,
-                                                                         int64_t in, int64_t count,
-                                                                         const F& take) {
+inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const BFloat16* panels,
+                            int64_t in, int64_t count, const F& take) {
   constexpr int64_t kRows = MatrixRegisters::kRows, kInputs = MatrixRegisters::kInputs;
   constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kLine = 64 / sizeof(BFloat16);
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
@@ -222,10 +217,9 @@ struct MatrixRegisters {
 template <class T, class X, class F>
 inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t in,
                            int64_t count, const F& take) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<X, BFloat16>) {
-    if (has_bfloat16_matrices())
-      return matrix_products(x, ld, rows, panels, padded<X>(in), count, take);
+    if (has_amx()) return matrix_products(x, ld, rows, panels, padded<X>(in), count, take);
   }
 #endif
   panel_products(x, ld, rows, panels, panel_size<X>(in), kPanel, padded<X>(in), count, take);

@@ -73,18 +73,16 @@ void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n
   sums_of_lanes({c[r]...}, sums[2]);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 
 template <int... r>
-__attribute__((target("avx512bf16"))) void bfloat16_dots(const BFloat16* x, int64_t ld,
-                                                         const BFloat16* const (&w)[kOutputs],
-                                                         int64_t n, float (&sums)[kOutputs][kRows],
-                                                         std::integer_sequence<int, r...>) {
+void bfloat16_dots(const BFloat16* x, int64_t ld, const BFloat16* const (&w)[kOutputs], int64_t n,
+                   float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
   constexpr int64_t kPairs = 2 * Vec::kLanes;
   const Vec zero(0.0f);
   Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
   ((a[r] = b[r] = c[r] = zero), ...);
-  const auto add = [&](const auto& load) __attribute__((target("avx512bf16"), always_inline)) {
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
     const __m512bh w0 = load(w[0]), w1 = load(w[1]), w2 = load(w[2]);
     __m512bh v;
     ((v = load(x + r * ld), a[r] = _mm512_dpbf16_ps(a[r].v, w0, v),
@@ -111,10 +109,8 @@ template <int R, class T>
 void dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
           float (&sums)[kOutputs][kRows]) {
   constexpr auto rows = std::make_integer_sequence<int, R>{};
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (has_bfloat16_pairs()) return bfloat16_dots(x, ld, w, n, sums, rows);
-  }
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) return bfloat16_dots(x, ld, w, n, sums, rows);
 #endif
   float_dots(x, ld, w, n, sums, rows);
 }
