@@ -210,8 +210,13 @@ def test_partly_frozen_heads() -> None:
     assert heads[0].grad is None
 
 
-def test_chunks_span_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three heads of 180, 178 and 176 rows in full chunks, one d(weight)."""
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(199, [192, 192, 150]), (185, [128] * 4 + [22]), (20, [20] * 26 + [14])],
+    ids=["even", "below the even multiple", "below a multiple"],
+)
+def test_chunks_span_heads(monkeypatch: pytest.MonkeyPatch, most: int, expected: list[int]) -> None:
+    """Three heads of 180, 178 and 176 rows in full chunks, of numbers that products like."""
     hidden, weight, _, _ = problem(3, 2, 91, 8, 20)
     labels = torch.randint(0, 20, (2, 91))
     sizes = []
@@ -219,8 +224,8 @@ def test_chunks_span_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         chunked_loss, "run_rows", lambda z, *a, **k: sizes.append(len(z)) or run_rows(z, *a, **k)
     )
-    mtp_fast.multi_token_cross_entropy(hidden, weight, labels, chunk_bytes=199 * 20 * 4)
-    assert sizes == [192, 192, 150]
+    mtp_fast.multi_token_cross_entropy(hidden, weight, labels, chunk_bytes=most * 20 * 4)
+    assert sizes == expected
 
 
 MEMORY = """
