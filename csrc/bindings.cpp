@@ -145,9 +145,11 @@ void pack(int threads, int dtype, int64_t dim, int64_t ffn_dim, int64_t n_querie
 
 DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
                            int64_t n_keys, int64_t head_dim, int64_t capacity, uintptr_t blocks,
-                           uintptr_t packed, uintptr_t cache, int64_t n_blocks, float norm_eps,
-                           uintptr_t final_scale, uintptr_t rope, int64_t batch, int64_t rows,
-                           uintptr_t start, uintptr_t x, uintptr_t last_input) {
+                           uintptr_t packed, uintptr_t cache, int64_t n_layers, int64_t n_blocks,
+                           float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t vocab,
+                           uintptr_t embedding, uintptr_t unembedding, int64_t batch, int64_t rows,
+                           uintptr_t start, uintptr_t tokens, uintptr_t trunk, uintptr_t hidden,
+                           uintptr_t logits) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -155,6 +157,13 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
                               std::to_string(first + rows - 1) + " of sequence " +
                               std::to_string(b) + " lie outside a cache of " +
                               std::to_string(capacity));
+    }
+  }
+  for (int64_t i = 0; tokens != 0 && i < batch * rows; ++i) {
+    const int64_t token = pointer<const int64_t>(tokens)[i];
+    if (token < 0 || token >= vocab) {
+      throw std::out_of_range("token " + std::to_string(token) + " lies outside a vocabulary of " +
+                              std::to_string(vocab));
     }
   }
   DecodeParams p{};
@@ -165,9 +174,15 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   p.rope = pointer<const float>(rope);
   p.final_scale = pointer<const float>(final_scale);
   p.start = pointer<const int64_t>(start);
-  p.x = pointer<float>(x);
-  p.last_input = pointer<float>(last_input);
+  p.embedding = pointer<const void>(embedding);
+  p.unembedding = pointer<const void>(unembedding);
+  p.tokens = pointer<const int64_t>(tokens);
+  p.trunk = pointer<float>(trunk);
+  p.hidden = pointer<float>(hidden);
+  p.logits = pointer<float>(logits);
+  p.n_layers = n_layers;
   p.n_blocks = n_blocks;
+  p.vocab = vocab;
   p.batch = batch;
   p.rows = rows;
   p.capacity = capacity;
@@ -288,7 +303,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_sizes", &decode_sizes);
   m.def("decode_pack", &pack, without_gil());
   m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
-  m.def("decode_keys_values", cpu_entry(decode_keys_values_cpu, decode_params), without_gil());
   m.def("decode_heads", cpu_entry(decode_heads_cpu, decode_params), without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),

@@ -49,7 +49,7 @@ def decode_level(request: pytest.FixtureRequest) -> Iterator[str]:
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode once with what runs the layers on a CPU, once with what runs them on a GPU."""
     if request.param == "torch":
-        monkeypatch.setattr("mtp_fast.decoding.incremental.runs_on_cpu", lambda blocks: False)
+        monkeypatch.setattr("mtp_fast.decoding.incremental.runs_on_cpu", lambda *unused: False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from mtp_fast.decoding import cpu_blocks
-from mtp_fast.decoding.cpu_blocks import CPUBlocks, runs_on_cpu
+from mtp_fast.decoding.cpu_blocks import runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel
-from mtp_fast.models.transformer import rope_table
 from tiny_models import sharp_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,23 +64,23 @@ def test_against_the_models_forward_in_float64(decode_level, monkeypatch, dtype,
     tokens = torch.randint(0, 40, (3, 30))
     cached = IncrementalModel(model, 4, batch=3, capacity=32)
     cached.forward(tokens[:, :20], cached.rows(torch.zeros(3, dtype=torch.int64), 20, 20))
-    assert calls == ["decode_pack"] * 2 + ["decode_layers", "decode_keys_values"]  # one piece
+    assert calls == ["decode_pack", "decode_layers"]  # one piece
     calls.clear()
     start = torch.tensor([0, 7, 19])
     granted = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
     for _ in range(2):
         block = torch.stack([tokens[b, s : s + rows] for b, s in enumerate(start.tolist())])
-        trunk, hidden = cached.forward(block, cached.rows(start, rows, 32))
+        trunk, logits = cached.step(block, cached.rows(start, rows, 32))
         start = start + rows
         drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 32))
         for b, end in enumerate(start.tolist()):
             context = tokens[b : b + 1, :end]
             want = [exact.logits(context)[0, end - rows : end]]
             want += [exact.logits(context, k)[0, -1] for k in (1, 2, 3)]
-            got = [cached.logits(hidden)[b], *drafts[b]]
+            got = [logits[b], *drafts[b]]
             for mine, theirs in zip(got, want, strict=True):
                 assert (mine - theirs).abs().max() <= granted * theirs.abs().max()
-    assert calls == ["decode_layers", "decode_keys_values", "decode_heads"] * 2
+    assert calls == ["decode_layers", "decode_heads"] * 2
 
 
 @DTYPES
@@ -104,6 +103,20 @@ def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
             assert torch.equal(alone[0, 0], together[b, t])
         assert torch.equal(single.draft_logits(trunk[:, -1], rows)[0], drafts[b])
     torch.set_num_threads(threads)
+
+
+@DTYPES
+@torch.no_grad()
+def test_a_step_is_a_forward_and_its_logits(decode_level, dtype):
+    """To the bit, and in pieces where the rows are many."""
+    model = sharp_model().to(dtype)
+    tokens = torch.randint(0, 40, (9, 30))
+    cached = IncrementalModel(model, 4, batch=9, capacity=32)
+    rows = cached.rows(torch.zeros(9, dtype=torch.int64), 30, 30)
+    trunk, hidden = cached.forward(tokens, rows)
+    again, logits = cached.step(tokens, rows)
+    assert torch.equal(again, trunk)
+    assert torch.equal(logits, cached.logits(hidden))
 
 
 @DTYPES
@@ -150,29 +163,34 @@ def test_long_contexts_attend_to_everything(decode_level):
     )
 
 
-def some_blocks(capacity: int) -> tuple[CPUBlocks, int]:
-    model = sharp_model()
-    config = model.config
-    rope = rope_table(config.head_dim, capacity, config.rope_theta, config.rope_scaling)
-    return CPUBlocks(config, list(model.trunk.blocks), model.norm, 2, rope), config.dim
-
-
 @pytest.mark.parametrize("start", [[0, 7], [-1, 0]])
 @torch.no_grad()
 def test_rows_outside_the_cache_are_refused(start):
-    blocks, dim = some_blocks(capacity=8)
-    x, positions = torch.zeros(2, 2, dim), torch.tensor(start)
+    cached = IncrementalModel(sharp_model(), 2, batch=2, capacity=8)
+    rows = cached.rows(torch.tensor(start), 2, 8)
     message = r"rows at positions (7 to 8|-1 to 0) of sequence [01] lie outside a cache of 8"
     with pytest.raises(IndexError, match=message):
-        blocks.layers(x, positions)
-    with pytest.raises(IndexError, match=message):
-        blocks.store_keys_values(x, positions)
+        cached.step(torch.zeros(2, 2, dtype=torch.int64), rows)
 
 
-def test_which_blocks_the_kernel_runs():
+@pytest.mark.parametrize("token", [-1, 40])
+@torch.no_grad()
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    cached = IncrementalModel(sharp_model(), 2, batch=1, capacity=8)
+    rows = cached.rows(torch.zeros(1, dtype=torch.int64), 2, 8)
+    with pytest.raises(IndexError, match=f"token {token} lies outside a vocabulary of 40"):
+        cached.step(torch.tensor([[3, token]]), rows)
+
+
+def test_which_models_the_kernel_runs():
+    def runs(model):
+        return runs_on_cpu(model, model.trunk.blocks)
+
     model = sharp_model()
-    assert runs_on_cpu(model.trunk.blocks)
-    assert not runs_on_cpu(model.double().trunk.blocks)
+    assert runs(model)
+    assert not runs(model.double())
     model.float().trunk.blocks[0].ffn.down.bfloat16()
-    assert not runs_on_cpu(model.trunk.blocks)
-    assert not runs_on_cpu(sharp_model().to("meta").trunk.blocks)
+    assert not runs(model)
+    model.float().embedding.bfloat16()
+    assert not runs(model)
+    assert not runs(sharp_model().to("meta"))

@@ -19,6 +19,7 @@
 #include "decode_layers/packed.h"
 #include "decode_layers/params.h"
 #include "decode_layers/rows.h"
+#include "few_row_linear/products.h"
 
 namespace mtp {
 namespace MTP_SIMD {
@@ -70,8 +71,6 @@ class Step {
         head_(threads * rows_, head_width_),
         scores_(threads * params.rows, reach_),
         factors_(threads, params.rows) {}
-
-  int64_t rows() const { return rows_; }  // that each product takes
 
   // x (abreast, rows, dim), in place.
   void run(Worker& worker, const DecodeBlock* blocks, float* x) {
@@ -285,15 +284,43 @@ class Step {
   const Scratch<float> factors_;        // (threads, rows of a sequence)
 };
 
-// The final norm of x (rows, dim): one round.
-void finish_rows(Worker& worker, const DecodeParams& p, int64_t rows) {
-  worker.round(rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      float* x = p.x + r * p.dim;
-      normalize(x, p.final_scale, p.dim, p.norm_eps, x);
-    }
+// Calls f(r) for rows r < n: one round.
+template <class F>
+void for_rows(Worker& worker, int64_t n, const F& f) {
+  worker.round(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) f(r);
   });
 }
+
+// The final norm of x (rows, dim) and the products with the unembedding. Row r gives row to(r) of
+// the logits. Two rounds.
+template <class T>
+class Unembedding {
+ public:
+  Unembedding(const DecodeParams& params, int threads, int64_t rows)
+      : p_(params), threads_(threads), rows_(rows), normalized_(rows, params.dim) {}
+
+  template <class F>
+  void run(Worker& worker, const float* x, const F& to) {
+    for_rows(worker, rows_, [&](int64_t r) {
+      normalize(x + r * p_.dim, p_.final_scale, p_.dim, p_.norm_eps, normalized_.row(r));
+    });
+    const auto piece = [&](int64_t begin, int64_t end) {
+      few_rows::products(normalized_.row(0), normalized_.ld, rows_,
+                         static_cast<const T*>(p_.unembedding) + begin * p_.dim, p_.dim, p_.dim,
+                         end - begin, [&](int64_t r, int64_t o, float value) {
+                           p_.logits[to(r) * p_.vocab + begin + o] = value;
+                         });
+    };
+    worker.round(p_.vocab, few_rows::outputs_per_piece(p_.vocab, p_.dim, threads_), piece);
+  }
+
+ private:
+  const DecodeParams& p_;
+  const int threads_;
+  const int64_t rows_;
+  const Scratch<T> normalized_;
+};
 
 }  // namespace
 }  // namespace MTP_SIMD
@@ -329,32 +356,32 @@ template <>
 void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   with_types(p.dtype, [&](auto storage, auto row) {
-    const int64_t rows = p.batch * p.rows;
-    Step<decltype(storage), decltype(row)> step(p, threads, 1);
+    using T = decltype(storage);
+    const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
+    const Scratch<float> x(rows, p.dim);
+    Step<T, decltype(row)> layers(p, threads, 1), drafting(p, threads, heads);
+    Unembedding<T> unembedding(p, threads, p.logits != nullptr ? rows : 0);
     run_rounds(threads, [&](Worker& worker) {
-      const MatrixRegisters registers(step.rows());
-      for (int64_t i = 0; i < p.n_blocks; ++i) {
-        if (i + 1 == p.n_blocks) {
-          const auto copy = [&](int64_t, int64_t) {
-            memcpy(p.last_input, p.x, sizeof(float) * rows * p.dim);
-          };
-          worker.round(1, 1, copy);
+      const MatrixRegisters registers(rows);
+      for_rows(worker, rows, [&](int64_t r) {
+        widen(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
+      });
+      for (int64_t i = 0; i < p.n_layers; ++i) {
+        if (i + 1 == p.n_layers) {
+          worker.round(1, 1, [&](int64_t, int64_t) {
+            memcpy(p.trunk, x.row(0), sizeof(float) * rows * p.dim);
+          });
         }
-        step.run(worker, p.blocks + i, p.x);
+        layers.run(worker, p.blocks + i, x.row(0));
       }
-      finish_rows(worker, p, rows);
-    });
-  });
-}
-
-template <>
-void decode_keys_values_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
-  using namespace MTP_SIMD;
-  with_types(p.dtype, [&](auto storage, auto row) {
-    Step<decltype(storage), decltype(row)> step(p, threads, p.n_blocks);
-    run_rounds(threads, [&](Worker& worker) {
-      const MatrixRegisters registers(step.rows());
-      step.store_keys_values(worker, p.blocks, p.x);
+      if (heads > 0) drafting.store_keys_values(worker, p.blocks + p.n_layers, p.trunk);
+      if (p.logits != nullptr) {
+        unembedding.run(worker, x.row(0), [](int64_t r) { return r; });
+      } else {
+        for_rows(worker, rows, [&](int64_t r) {
+          normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
+        });
+      }
     });
   });
 }
@@ -363,11 +390,20 @@ template <>
 void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   with_types(p.dtype, [&](auto storage, auto row) {
-    Step<decltype(storage), decltype(row)> step(p, threads, p.n_blocks);
+    using T = decltype(storage);
+    const int64_t heads = p.n_blocks - p.n_layers, rows = heads * p.batch;
+    const Scratch<float> x(rows, p.dim);
+    Step<T, decltype(row)> drafting(p, threads, heads);
+    Unembedding<T> unembedding(p, threads, rows);
+    for (int64_t h = 0; h < heads; ++h) {
+      memcpy(x.row(h * p.batch), p.trunk, sizeof(float) * p.batch * p.dim);
+    }
     run_rounds(threads, [&](Worker& worker) {
-      const MatrixRegisters registers(step.rows());
-      step.read(worker, p.blocks, p.x);
-      finish_rows(worker, p, p.n_blocks * p.batch);
+      const MatrixRegisters registers(p.batch);
+      drafting.read(worker, p.blocks + p.n_layers, x.row(0));
+      unembedding.run(worker, x.row(0), [&](int64_t r) {
+        return r % p.batch * heads + r / p.batch;  // from head by head to sequence by sequence
+      });
     });
   });
 }

@@ -1,7 +1,7 @@
-// Transformer blocks over new rows of each sequence, against cached keys and values: all the layers
-// of a decode step in one call. Everything is float32 but the weights, which stay in the dtype that
-// the model stores them in, and the rows that go into bfloat16 products where the processor has
-// them.
+// Transformer blocks over new rows of each sequence, against cached keys and values: a decode step
+// from tokens to logits in one call. Everything is float32 but the weights, which stay in the dtype
+// that the model stores them in, and the rows that go into products with the unembedding, or into
+// bfloat16 products where the processor has them.
 #pragma once
 
 #include <cstdint>
@@ -36,16 +36,20 @@ struct DecodeBlock {
 };
 
 struct DecodeParams : DecodeShape {
-  const DecodeBlock* blocks;
-  const void* packed;        // the blocks' weights, by decode_pack at the same SIMD level
-  float* cache;              // (batch, n_blocks, decode_cache_size): keys and values
-  const float* rope;         // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
-  const float* final_scale;  // (dim): weight of the norm behind the last block
-  const int64_t* start;      // (batch): position of a sequence's first new row
-  float* x;                  // see below
-  float* last_input;  // (batch * rows, dim): decode_layers writes the last block's input here
-  int64_t n_blocks, batch, rows;  // rows: new ones of each sequence
-  int64_t capacity;               // positions of a sequence
+  const DecodeBlock* blocks;  // the layers, then the drafting heads
+  const void* packed;         // the blocks' weights, by decode_pack at the same SIMD level
+  float* cache;               // (batch, n_blocks, decode_cache_size): keys and values
+  const float* rope;          // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
+  const float* final_scale;   // (dim): weight of the norm behind the last layer and each head
+  const void* embedding;      // (vocab, dim)
+  const void* unembedding;    // (vocab, dim)
+  const int64_t* start;       // (batch): position of a sequence's first new row
+  const int64_t* tokens;      // (batch, rows), in [0, vocab); decode_heads: null
+  float* trunk;               // (batch, rows, dim): the last layer's input, which the heads share
+  float* hidden;              // (batch, rows, dim): behind the final norm; or null
+  float* logits;              // see below
+  int64_t n_layers, n_blocks, vocab, batch, rows;  // rows: new ones of each sequence
+  int64_t capacity;                                // positions of a sequence
   float norm_eps;
 };
 
@@ -62,16 +66,13 @@ template <SimdLevel level>
 void decode_pack(const DecodeShape& shape, const DecodeWeights* weights, int64_t n, void* packed,
                  int threads);
 
-// The blocks one after the other, then the final norm: x (batch * rows, dim), in place.
+// Embeds the tokens and runs the layers, one after the other; writes `trunk`, the keys and values
+// of the drafting heads, and `hidden` or the logits (batch, rows, vocab).
 template <SimdLevel level>
 void decode_layers_run(const DecodeParams& params, int threads);
 
-// Each block's keys and values of x (batch * rows, dim), which stays as it is.
-template <SimdLevel level>
-void decode_keys_values_run(const DecodeParams& params, int threads);
-
-// Each block by itself, then the final norm, over one row a sequence whose keys and values are
-// stored: x (n_blocks, batch, dim), in place.
+// Runs each drafting head by itself on one row a sequence of `trunk`, whose keys and values are
+// stored: logits (batch, heads, vocab).
 template <SimdLevel level>
 void decode_heads_run(const DecodeParams& params, int threads);
 
@@ -95,10 +96,6 @@ inline void decode_pack_cpu(const DecodeShape& shape, const DecodeWeights* weigh
 
 inline void decode_layers_cpu(const DecodeParams& params, int threads) {
   with_simd_level([&](auto level) { decode_layers_run<level.value>(params, threads); });
-}
-
-inline void decode_keys_values_cpu(const DecodeParams& params, int threads) {
-  with_simd_level([&](auto level) { decode_keys_values_run<level.value>(params, threads); });
 }
 
 inline void decode_heads_cpu(const DecodeParams& params, int threads) {

@@ -31,6 +31,14 @@ inline void store_some(Vec v, X* y, int64_t n) {
   n >= kLanes ? v.store(y) : v.store(y, n);
 }
 
+// x (n) as floats.
+template <class T>
+inline void widen(const T* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) Vec::load(x + i).store(y + i);
+  if (i < n) Vec::load(x + i, n - i, Vec(0.0f)).store(y + i, n - i);
+}
+
 // RMSNorm of x (n) times `scale`; y may be x.
 template <class X>
 inline void normalize(const float* x, const float* scale, int64_t n, float eps, X* y) {

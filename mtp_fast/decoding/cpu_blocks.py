@@ -1,8 +1,8 @@
 """Transformer blocks over new rows on a CPU, through one call of a kernel.
 
 A decode step is a few rows through many layers. Done op by op it would spend most of its time
-between the ops; csrc/decode_layers runs whole layers, from a copy of their weights in the order in
-which it reads them. Prompts go the same way, in pieces.
+between the ops; csrc/decode_layers goes from tokens to logits, from a copy of the layers' weights
+in the order in which it reads them. Prompts go the same way, in pieces.
 """
 
 from __future__ import annotations
@@ -10,77 +10,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_fast import _C
 from mtp_fast.decoding.rows import Rows
-from mtp_fast.models import Block, MTPConfig
+from mtp_fast.models import Block, MTPTransformer
 from mtp_fast.ops._common import DTYPE_CODES, call_kernel
+from mtp_fast.ops.few_row_linear import few_row_linear
 
 # Rows of one call, all sequences together: as many as the caches take beside the weights.
 ROWS_PER_CALL = 64
 
 
-def runs_on_cpu(blocks: Sequence[Block]) -> bool:
-    """Whether `CPUBlocks` can run `blocks`: on a CPU, all weights in one dtype that it knows."""
-    weights = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    kinds = {(p.device.type, p.dtype) for p in weights}
+def runs_on_cpu(model: MTPTransformer, blocks: Sequence[Block]) -> bool:
+    """Whether `CPULayers` can run `blocks`: on a CPU, all matrices in one dtype that it knows."""
+    matrices = [model.embedding.weight, model.unembedding.weight]
+    matrices += [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    kinds = {(p.device.type, p.dtype) for p in matrices}
     return len(kinds) == 1 and all(
         device == "cpu" and dtype in DTYPE_CODES for device, dtype in kinds
     )
 
 
 class CPULayers:
-    """Trunk and heads with their caches; parameters as of `TorchLayers`, the weights copied."""
-
-    def __init__(
-        self,
-        config: MTPConfig,
-        blocks: Sequence[Block],
-        drafting: Sequence[Block],
-        norm: nn.RMSNorm,
-        batch: int,
-        rope: Tensor,
-    ) -> None:
-        self._blocks = CPUBlocks(config, blocks, norm, batch, rope)
-        self._drafting = CPUBlocks(config, drafting, norm, batch, rope) if drafting else None
-
-    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """See `IncrementalModel.forward`, of `x` (B, S, dim)."""
-        size = max(1, ROWS_PER_CALL // len(x))
-        pieces = [
-            self._piece(x[:, begin : begin + size], rows.start + begin)
-            for begin in range(0, x.shape[1], size)
-        ]
-        if len(pieces) == 1:
-            return pieces[0]
-        trunk, hidden = zip(*pieces, strict=True)
-        return torch.cat(trunk, 1), torch.cat(hidden, 1)
-
-    def _piece(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        trunk, hidden = self._blocks.layers(x, start)
-        if self._drafting is not None:
-            self._drafting.store_keys_values(trunk, start)
-        return trunk, hidden
-
-    def draft(self, trunk: Tensor, row: Rows) -> Tensor:
-        """Map one row a sequence `trunk` (B, dim) to the drafting heads' outputs (H, B, dim)."""
-        if self._drafting is None:
-            raise ValueError("no drafting heads: n_heads is 1")
-        return self._drafting.heads(trunk, row.start)
-
-
-class CPUBlocks:
-    """Blocks with their caches.
+    """A model's trunk and heads with their caches, from tokens to logits.
 
     Parameters
     ----------
-    config : MTPConfig
-        The blocks' shape.
-    blocks : sequence of Block
-        N blocks for which `runs_on_cpu`; their weights are copied.
-    norm : nn.RMSNorm
-        The norm behind the blocks.
+    model : MTPTransformer
+        The model. The weights of `layers` and `drafting` are copied.
+    layers : sequence of Block
+        Trunk and head 0.
+    drafting : sequence of Block
+        The other heads in use; for all of them `runs_on_cpu`.
     batch : int
         Sequences.
     rope : Tensor
@@ -89,15 +51,18 @@ class CPUBlocks:
 
     def __init__(
         self,
-        config: MTPConfig,
-        blocks: Sequence[Block],
-        norm: nn.RMSNorm,
+        model: MTPTransformer,
+        layers: Sequence[Block],
+        drafting: Sequence[Block],
         batch: int,
         rope: Tensor,
     ) -> None:
-        self._n_blocks = len(blocks)
+        config, blocks = model.config, [*layers, *drafting]
+        self._n_drafting, self._vocab, self._dim = len(drafting), config.vocab_size, config.dim
+        embedding = model.embedding.weight.detach().contiguous()
+        unembedding = self._unembedding = model.unembedding.weight.detach().contiguous()
         shape = (
-            DTYPE_CODES[blocks[0].ffn.down.weight.dtype],
+            DTYPE_CODES[unembedding.dtype],
             config.dim,
             config.ffn_dim,
             config.n_attention_heads,
@@ -111,79 +76,82 @@ class CPUBlocks:
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
         vectors = [_vectors(block) for block in blocks]
         table = _addresses(vectors)
-        final_scale = norm.weight.detach().float().contiguous()
+        final_scale = model.norm.weight.detach().float().contiguous()
         # What the arguments point to must live as long as they do.
-        self._owned = (packed, cache, vectors, table, final_scale, rope)
+        self._owned = (packed, cache, vectors, table, final_scale, rope, embedding)
         self._arguments = (
             *shape,
             capacity,
             table.data_ptr(),
             packed.data_ptr(),
             cache.data_ptr(),
+            len(layers),
             len(blocks),
             config.norm_eps,
             final_scale.data_ptr(),
             rope.data_ptr(),
+            config.vocab_size,
+            embedding.data_ptr(),
+            unembedding.data_ptr(),
         )
 
-    def layers(self, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the blocks one after the other on new rows, and store their keys and values.
+    def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `IncrementalModel.forward`."""
+        return self._in_pieces(tokens, rows.start, unembed=False)
 
-        Parameters
-        ----------
-        x : Tensor
-            (B, S, dim) float32.
-        start : Tensor
-            (B,) int64: the position of each sequence's first new row.
+    def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `IncrementalModel.step`."""
+        return self._in_pieces(tokens, rows.start, unembed=True)
 
-        Returns
-        -------
-        last_input, y : Tensor
-            (B, S, dim) float32 each: what the last block was given, and its output after the norm.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `IncrementalModel.logits`."""
+        x = hidden.flatten(0, -2).to(self._unembedding.dtype)
+        return few_row_linear(x, self._unembedding).view(*hidden.shape[:-1], -1)
 
-        Raises
-        ------
-        IndexError
-            If a row's position lies outside the cache.
-        """
-        y, last_input = x.clone(memory_format=torch.contiguous_format), torch.empty_like(x)
-        self._call("decode_layers", start, x.shape[1], y, last_input)
-        return last_input, y
+    def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
+        """See `IncrementalModel.draft_logits`."""
+        if self._n_drafting == 0:
+            raise ValueError("no drafting heads: n_heads is 1")
+        logits = trunk.new_empty(len(trunk), self._n_drafting, self._vocab)
+        self._call("decode_heads", row.start, None, trunk.contiguous(), None, logits)
+        return logits
 
-    def store_keys_values(self, x: Tensor, start: Tensor) -> None:
-        """Store each block's keys and values of the new rows `x` (B, S, dim)."""
-        self._call("decode_keys_values", start, x.shape[1], x.contiguous(), x)
+    def _in_pieces(self, tokens: Tensor, start: Tensor, *, unembed: bool) -> tuple[Tensor, Tensor]:
+        size = max(1, ROWS_PER_CALL // len(tokens))
+        pieces = [
+            self._piece(tokens[:, begin : begin + size], start + begin, unembed=unembed)
+            for begin in range(0, tokens.shape[1], size)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        trunk, out = zip(*pieces, strict=True)
+        return torch.cat(trunk, 1), torch.cat(out, 1)
 
-    def heads(self, x: Tensor, start: Tensor) -> Tensor:
-        """Run each block by itself on one row a sequence, whose keys and values are stored.
+    def _piece(self, tokens: Tensor, start: Tensor, *, unembed: bool) -> tuple[Tensor, Tensor]:
+        trunk = torch.empty(*tokens.shape, self._dim)
+        out = torch.empty(*tokens.shape, self._vocab) if unembed else torch.empty_like(trunk)
+        hidden, logits = (None, out) if unembed else (out, None)
+        self._call("decode_layers", start, tokens.contiguous(), trunk, hidden, logits)
+        return trunk, out
 
-        Parameters
-        ----------
-        x : Tensor
-            (B, dim) float32.
-        start : Tensor
-            (B,) int64: the rows' positions.
-
-        Returns
-        -------
-        Tensor
-            (N, B, dim) float32, after the norm.
-        """
-        y = x.repeat(self._n_blocks, 1, 1)
-        self._call("decode_heads", start, 1, y, y)
-        return y
-
-    def _call(self, name: str, start: Tensor, rows: int, x: Tensor, last_input: Tensor) -> None:
+    def _call(
+        self,
+        name: str,
+        start: Tensor,
+        tokens: Tensor | None,
+        trunk: Tensor,
+        hidden: Tensor | None,
+        logits: Tensor | None,
+    ) -> None:
         start = start.contiguous()
         call_kernel(
             name,
-            x,
+            trunk,
             *self._arguments,
             len(start),
-            rows,
+            1 if tokens is None else tokens.shape[1],
             start.data_ptr(),
-            x.data_ptr(),
-            last_input.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (tokens, trunk, hidden, logits)),
         )
 
 

@@ -3,14 +3,13 @@
 Trunk and head 0 run on all new rows, since head 0 judges the drafts. The other heads only draft:
 they store keys and values of the new rows, and answer at one row a sequence.
 
-On a CPU whole layers are one call of a kernel (`CPULayers`) and everything between the products is
-float32, whatever the weights are stored in; on a GPU they are torch's ops (`TorchLayers`).
+On a CPU a forward is one call of a kernel (`CPULayers`) and everything between the products is
+float32, whatever the weights are stored in; on a GPU it is torch's ops (`TorchLayers`).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_fast.decoding.cpu_blocks import CPULayers, runs_on_cpu
@@ -18,7 +17,6 @@ from mtp_fast.decoding.rows import Rows
 from mtp_fast.decoding.torch_blocks import TorchLayers
 from mtp_fast.models import Block, MTPTransformer, Trunk
 from mtp_fast.models.transformer import rope_table
-from mtp_fast.ops.few_row_linear import few_row_linear
 
 
 class IncrementalModel:
@@ -48,17 +46,15 @@ class IncrementalModel:
                 f"incremental decoding needs a Trunk, the model has a {type(model.trunk).__name__}"
             )
         config, weight = model.config, model.unembedding.weight
-        self._model = model
         heads = [head for head in model.heads if isinstance(head, Block)]
-        blocks, drafting = [*model.trunk.blocks, heads[0]], heads[1:n_heads]
+        layers, drafting = [*model.trunk.blocks, heads[0]], heads[1:n_heads]
         on_cpu = weight.device.type == "cpu"
         self.dtype = torch.float32 if on_cpu else weight.dtype
         self._rope = rope_table(
             config.head_dim, capacity, config.rope_theta, config.rope_scaling
         ).to(weight.device, self.dtype)
-        self._runs_kernels = runs_on_cpu([*blocks, *drafting])
-        layers = CPULayers if self._runs_kernels else TorchLayers
-        self._layers = layers(config, blocks, drafting, model.norm, batch, self._rope)
+        implementation = CPULayers if runs_on_cpu(model, [*layers, *drafting]) else TorchLayers
+        self._layers = implementation(model, layers, drafting, batch, self._rope)
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
         """Lay out `count` new rows a sequence, the first at position ``start[b]``.
@@ -82,14 +78,21 @@ class IncrementalModel:
         trunk, hidden : Tensor
             (B, S, dim) each: the heads' input, and head 0's output ready for the unembedding.
         """
-        return self._layers.forward(self._model.embedding(tokens).to(self.dtype), rows)
+        return self._layers.forward(tokens, rows)
+
+    def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Do as `forward` does, up to head 0's logits.
+
+        Returns
+        -------
+        trunk, logits : Tensor
+            (B, S, dim) and (B, S, vocab_size).
+        """
+        return self._layers.step(tokens, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed `hidden` (..., dim): (..., vocab_size)."""
-        flat, weight = hidden.flatten(0, -2), self._model.unembedding.weight
-        x = flat.to(weight.dtype)
-        logits = few_row_linear(x, weight) if self._runs_kernels else F.linear(x, weight)
-        return logits.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+        return self._layers.logits(hidden)
 
     def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
         """Logits (B, n_heads - 1, vocab_size) of the drafting heads at one row a sequence.
@@ -101,4 +104,4 @@ class IncrementalModel:
         row : Rows
             The row, one a sequence, whose keys and values `forward` has stored.
         """
-        return self.logits(self._layers.draft(trunk, row)).transpose(0, 1)
+        return self._layers.draft_logits(trunk, row)

@@ -266,21 +266,21 @@ class _Decoder:
             new = [_pick(x, row.clamp(0, chunk.shape[1] - 1)) for x in outputs]
             picked = [torch.where(here, a, b) for a, b in zip(new, picked or new, strict=True)]
         trunk, hidden = picked
-        self.commit(hidden[:, None], trunk[:, None])
+        self.commit(self.model.logits(hidden[:, None]), trunk[:, None])
 
     def step(self) -> None:
         """One forward over the last token and its drafts, then `commit`."""
         last = self.output.gather(1, (self.produced - 1).clamp(min=0)[:, None])
         start = self.prompt_length + self.produced - 1
         rows = self.model.rows(start, self.width, self.length)
-        trunk, hidden = self.model.forward(torch.cat([last, self.drafts], 1), rows)
-        self.commit(hidden, trunk)
+        trunk, logits = self.model.step(torch.cat([last, self.drafts], 1), rows)
+        self.commit(logits, trunk)
 
-    def commit(self, hidden: Tensor, trunk: Tensor) -> None:
-        """Judge the drafts by head 0's `hidden` (B, S, dim), emit tokens, draft the next block."""
-        judged = hidden.shape[1] - 1
+    def commit(self, logits: Tensor, trunk: Tensor) -> None:
+        """Judge the drafts by head 0's `logits` (B, S, V), emit tokens, draft the next block."""
+        judged = logits.shape[1] - 1
         result = speculative_accept(
-            self.model.logits(hidden),
+            logits,
             self.drafts[:, :judged],
             draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
             rule=self.rule,

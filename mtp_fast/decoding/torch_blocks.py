@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_fast.decoding.rows import Rows
-from mtp_fast.models import Block, KVCache, MTPConfig
+from mtp_fast.models import Block, KVCache, MTPConfig, MTPTransformer
 from mtp_fast.models.transformer import apply_rope
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` of `x` (rows, in) and `weight` (out, in), in x's dtype."""
+    """``x @ weight.T`` of `x` (..., in) and `weight` (out, in), in x's dtype."""
     return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
@@ -52,18 +52,16 @@ def norm_heads(x: Tensor, weight: Tensor, config: MTPConfig) -> Tensor:
 
 
 class TorchLayers:
-    """Trunk and heads with their caches.
+    """A model's trunk and heads with their caches, from tokens to logits.
 
     Parameters
     ----------
-    config : MTPConfig
-        The model's shape.
-    blocks : sequence of Block
+    model : MTPTransformer
+        The model.
+    layers : sequence of Block
         Trunk and head 0.
     drafting : sequence of Block
         The other heads in use; their parameters are copied.
-    norm : nn.RMSNorm
-        The norm behind every head.
     batch : int
         Sequences.
     rope : Tensor
@@ -72,42 +70,54 @@ class TorchLayers:
 
     def __init__(
         self,
-        config: MTPConfig,
-        blocks: Sequence[Block],
+        model: MTPTransformer,
+        layers: Sequence[Block],
         drafting: Sequence[Block],
-        norm: nn.RMSNorm,
         batch: int,
         rope: Tensor,
     ) -> None:
-        self._config, self._batch, self._blocks = config, batch, blocks
+        config = self._config = model.config
+        self._batch, self._layers, self._dtype = batch, layers, rope.dtype
+        self._embedding, self._unembedding = model.embedding, model.unembedding.weight
         self._cache = KVCache(
-            len(blocks), batch, len(rope), config.n_kv_heads, config.head_dim, rope
+            len(layers), batch, len(rope), config.n_kv_heads, config.head_dim, rope
         )
         self._scales = [
-            (norm_scale(block.attention_norm), norm_scale(block.ffn_norm)) for block in blocks
+            (norm_scale(block.attention_norm), norm_scale(block.ffn_norm)) for block in layers
         ]
-        self._final_scale = norm_scale(norm)
+        self._final_scale = norm_scale(model.norm)
         self._floor = norm_floor(config, rope)
         self._drafting = _DraftHeads(config, drafting, batch, rope) if drafting else None
 
-    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """See `IncrementalModel.forward`, of `x` (B, S, dim)."""
+    def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `IncrementalModel.forward`."""
+        x = self._embedding(tokens).to(self._dtype)
         shape = x.shape
         n_kv, n_q = self._config.n_kv_heads, self._config.n_attention_heads
         rope = _rope_for(rows.rope, n_q + n_kv, n_kv)
         x = trunk = x.flatten(0, 1)
-        for layer, block in enumerate(self._blocks):
+        for layer, block in enumerate(self._layers):
             trunk = x
             x = self._block(layer, block, x, rows, rope)
         if self._drafting is not None:
             self._drafting.write(trunk, rows)
         return trunk.view(shape), self._normalize(x).view(shape)
 
-    def draft(self, trunk: Tensor, row: Rows) -> Tensor:
-        """Map one row a sequence `trunk` (B, dim) to the drafting heads' outputs (H, B, dim)."""
+    def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `IncrementalModel.step`."""
+        trunk, hidden = self.forward(tokens, rows)
+        return trunk, self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `IncrementalModel.logits`."""
+        return linear(hidden, self._unembedding)
+
+    def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
+        """See `IncrementalModel.draft_logits`."""
         if self._drafting is None:
             raise ValueError("no drafting heads: n_heads is 1")
-        return self._normalize(self._drafting.read(trunk, row))
+        hidden = self._normalize(self._drafting.read(trunk, row))
+        return self.logits(hidden).transpose(0, 1)
 
     def _normalize(self, x: Tensor) -> Tensor:
         return normalize(x, self._final_scale, self._floor)

@@ -1,0 +1,160 @@
+// Scalar products of a few rows with many. The many, a weight's rows, are read once from memory,
+// where they are; the few stay in the nearest cache. With AVX512_BF16 the bfloat16 products are the
+// processor's own pair products; everywhere else they are float32. A row's sums are made in one
+// order whatever stands beside it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "common/simd.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+namespace few_rows {
+
+constexpr int kOutputs = 3;                       // rows of the weight at once
+constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
+
+// sums[r] = the lanes of a[r] added up, in an order that does not depend on R.
+template <int R>
+__attribute__((always_inline)) inline void sums_of_lanes(const Vec (&a)[R], float (&sums)[kRows]) {
+#if defined(__AVX512F__)
+  const auto at = [&](int r) { return r < R ? a[r % R].v : _mm512_setzero_ps(); };
+  const auto pairs = [](__m512 p, __m512 q) {
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q)));
+  };
+  for (int r = 0; r < R; r += 4) {
+    const __m512d p = pairs(at(r), at(r + 1)), q = pairs(at(r + 2), at(r + 3));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(sums + r, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+  }
+#else
+  for (int r = 0; r < R; ++r) sums[r] = a[r].hsum();
+#endif
+}
+
+// What comes next of the weight's rows, into the second-level cache: the processor's own
+// prefetching does not run far enough ahead to load while several rows are computed.
+template <class T>
+void prefetch(const T* const (&w)[kOutputs], int64_t i) {
+  constexpr int64_t kAhead = 4096 / sizeof(T);
+  for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(w[j] + i + kAhead, 0, 2);
+}
+
+// sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack, and what is handed on at
+// the end is a copy: accumulators with an index that varies, or an address, would live in memory.
+template <class T, int... r>
+void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
+                float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
+  const Vec zero(0.0f);
+  Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
+  ((a[r] = b[r] = c[r] = zero), ...);
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
+    const Vec w0 = load(w[0]), w1 = load(w[1]), w2 = load(w[2]);
+    Vec v;
+    ((v = load(x + r * ld), a[r] = fma(w0, v, a[r]), b[r] = fma(w1, v, b[r]),
+      c[r] = fma(w2, v, c[r])),
+     ...);
+  };
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
+    prefetch(w, i);
+    add([&](const T* p) { return Vec::load(p + i); });
+  }
+  if (i < n) add([&](const T* p) { return Vec::load(p + i, n - i, zero); });
+  sums_of_lanes({a[r]...}, sums[0]);
+  sums_of_lanes({b[r]...}, sums[1]);
+  sums_of_lanes({c[r]...}, sums[2]);
+}
+
+#if defined(__AVX512BF16__)
+
+template <int... r>
+void bfloat16_dots(const BFloat16* x, int64_t ld, const BFloat16* const (&w)[kOutputs], int64_t n,
+                   float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
+  constexpr int64_t kPairs = 2 * Vec::kLanes;
+  const Vec zero(0.0f);
+  Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
+  ((a[r] = b[r] = c[r] = zero), ...);
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
+    const __m512bh w0 = load(w[0]), w1 = load(w[1]), w2 = load(w[2]);
+    __m512bh v;
+    ((v = load(x + r * ld), a[r] = _mm512_dpbf16_ps(a[r].v, w0, v),
+      b[r] = _mm512_dpbf16_ps(b[r].v, w1, v), c[r] = _mm512_dpbf16_ps(c[r].v, w2, v)),
+     ...);
+  };
+  int64_t i = 0;
+  for (; i + kPairs <= n; i += kPairs) {
+    prefetch(w, i);
+    add([&](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p + i); });
+  }
+  if (i < n) {
+    const __mmask32 rest = (1u << (n - i)) - 1u;
+    add([&](const BFloat16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(rest, p + i); });
+  }
+  sums_of_lanes({a[r]...}, sums[0]);
+  sums_of_lanes({b[r]...}, sums[1]);
+  sums_of_lanes({c[r]...}, sums[2]);
+}
+
+#endif
+
+template <int R, class T>
+void dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
+          float (&sums)[kOutputs][kRows]) {
+  constexpr auto rows = std::make_integer_sequence<int, R>{};
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) return bfloat16_dots(x, ld, w, n, sums, rows);
+#endif
+  float_dots(x, ld, w, n, sums, rows);
+}
+
+template <class F, int... r>
+void with_rows(int64_t rows, const F& f, std::integer_sequence<int, r...>) {
+  (void)((rows == r + 1 && (f(std::integral_constant<int, r + 1>{}), true)) || ...);
+}
+
+// Calls take(r, o, x[r] . weight[o]) for all rows of x and outputs o < out; x and the weight have
+// rows of `in` elements at a distance of x_ld and weight_ld. The weight is read as kOutputs streams
+// side by side: one alone leaves the memory idle.
+template <class T, class F>
+void products(const T* x, int64_t x_ld, int64_t rows, const T* weight, int64_t weight_ld,
+              int64_t in, int64_t out, const F& take) {
+  const int64_t share = (out + kOutputs - 1) / kOutputs;
+  for (int64_t o = 0; o < share; ++o) {
+    const T* w[kOutputs];
+    for (int j = 0; j < kOutputs; ++j) {
+      w[j] = weight + (o + j * share < out ? o + j * share : o) * weight_ld;
+    }
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const auto tile = [&](auto count) {
+        float sums[kOutputs][kRows];
+        dots<count>(x + row * x_ld, x_ld, w, in, sums);
+        for (int j = 0; j < kOutputs && o + j * share < out; ++j) {
+          for (int r = 0; r < count; ++r) take(row + r, o + j * share, sums[j][r]);
+        }
+      };
+      with_rows(std::min<int64_t>(kRows, rows - row), tile,
+                std::make_integer_sequence<int, kRows>{});
+    }
+  }
+}
+
+// Outputs of `in` products each that are worth handing to a thread: not too few, and two pieces a
+// thread, so that one that is disturbed leaves some of its share to the others.
+inline int64_t outputs_per_piece(int64_t out, int64_t in, int threads) {
+  constexpr int64_t kSmallest = 16384;
+  const int64_t pieces = out / (2 * int64_t{threads});
+  const int64_t smallest = kSmallest / (in > 0 ? in : 1);
+  const int64_t grain = pieces > smallest ? pieces : smallest;
+  return grain + kOutputs - grain % kOutputs;
+}
+
+}  // namespace few_rows
+}  // namespace MTP_SIMD
+}  // namespace mtp
