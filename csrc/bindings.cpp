@@ -11,6 +11,7 @@
 
 #include "acceptance/check.h"
 #include "acceptance/params.h"
+#include "commit/params.h"
 #include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/philox.h"
@@ -263,6 +264,41 @@ SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t lo
   return p;
 }
 
+CommitParams commit_params(uintptr_t end_tokens, int64_t n_ends, int64_t ends_ld,
+                           uintptr_t prompt_length, uintptr_t limit, uintptr_t produced,
+                           uintptr_t forwards, uintptr_t live, uintptr_t stuck, uintptr_t accepted,
+                           uintptr_t output, uintptr_t drafted, uintptr_t block, uintptr_t start,
+                           uintptr_t position, uintptr_t row, uintptr_t draft_start, int64_t batch,
+                           int64_t output_ld, int64_t block_ld, int64_t judged, uintptr_t tokens,
+                           uintptr_t num_tokens, uintptr_t num_accepted) {
+  CommitParams p{};
+  p.tokens = pointer<const int64_t>(tokens);
+  p.num_tokens = pointer<const int32_t>(num_tokens);
+  p.num_accepted = pointer<const int32_t>(num_accepted);
+  p.end_tokens = pointer<const int64_t>(end_tokens);
+  p.prompt_length = pointer<const int64_t>(prompt_length);
+  p.limit = pointer<const int64_t>(limit);
+  p.produced = pointer<int64_t>(produced);
+  p.forwards = pointer<int64_t>(forwards);
+  p.live = pointer<bool>(live);
+  p.stuck = pointer<bool>(stuck);
+  p.accepted = pointer<int64_t>(accepted);
+  p.output = pointer<int64_t>(output);
+  p.drafted = pointer<bool>(drafted);
+  p.block = pointer<int64_t>(block);
+  p.start = pointer<int64_t>(start);
+  p.position = pointer<int64_t>(position);
+  p.row = pointer<int64_t>(row);
+  p.draft_start = pointer<int64_t>(draft_start);
+  p.batch = batch;
+  p.judged = judged;
+  p.n_ends = n_ends;
+  p.ends_ld = ends_ld;
+  p.output_ld = output_ld;
+  p.block_ld = block_ld;
+  return p;
+}
+
 // For the known-answer tests.
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, uint32_t key0, uint32_t key1) {
   PhiloxWords words;
@@ -308,6 +344,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
         without_gil());
   m.def("sample", checked_cpu_entry(sample_cpu, sample_params), without_gil());
+  m.def("commit", cpu_entry(commit_cpu, commit_params), without_gil());
   m.def("philox4x32_10", &philox);
   m.def("uniform_of", &uniform_of);
   m.def("simd_function", &simd_function);
@@ -317,6 +354,7 @@ PYBIND11_MODULE(_C, m) {
         without_gil());
   m.def("acceptance_exchange_cuda", &acceptance_exchange);
   m.def("sample_cuda", cuda_entry(sample_cuda, sample_params), without_gil());
+  m.def("commit_cuda", cuda_entry(commit_cuda, commit_params), without_gil());
 #endif
   m.def("build_info", &build_info);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });

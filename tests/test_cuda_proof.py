@@ -27,7 +27,8 @@ pytestmark = [
 OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
 OPS += ("linear_cross_entropy_interface", "acceptance_interface", "acceptance_distribution")
 OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
-KERNEL_TESTS = [f"tests/test_{name}.py" for name in ("cuda_cross_entropy", "cuda_acceptance")]
+KERNELS = ("cuda_cross_entropy", "cuda_acceptance", "progress")
+KERNEL_TESTS = [f"tests/test_{name}.py" for name in KERNELS]
 # What holds on the CPU alone (ignored rows cost nothing, bad targets raise), what tests the
 # reference or, with faults of its own, the tests, and what measures memory, in processes of its own
 # that know no emulator.

@@ -1,5 +1,5 @@
-// The CPU kernel of a decode step's layers. A block is five rounds of a team of threads
-// (common/rounds.h):
+// The CPU kernel of a decode step, from tokens to logits. A block is five rounds of a team of
+// threads (common/rounds.h):
 //
 //   1. norm, products with qkv, bias, norm and rotation of each attention head; keys and values go
 //      to the cache

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_fast.decoding.incremental import IncrementalModel
+from mtp_fast.decoding.progress import Progress
 from mtp_fast.models import MTPTransformer
 from mtp_fast.ops.acceptance import sample, speculative_accept
 
@@ -207,11 +208,7 @@ def _end_tokens(value: int | Sequence[int] | Tensor, batch: int) -> Tensor:
 
 
 class _Decoder:
-    """The state of one generation.
-
-    Every field that changes by sequence is a device tensor and is written in place, so that a step
-    may be captured in a CUDA graph.
-    """
+    """One generation: the model, the sampling arguments and the sequences' progress."""
 
     def __init__(
         self,
@@ -228,33 +225,28 @@ class _Decoder:
         device = weight.device
         self.prompts, self.width = prompts, n_heads
         self.sampling, self.rule, self.seed = sampling, rule, seeds.to(device)
-        self.end_tokens = None if end_tokens is None else end_tokens.to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         # The last step may write its whole block beyond the limit.
         capacity = int((lengths + limits).max()) + n_heads
         self.capacity = self.length = capacity  # length: slots that attention reads
         self.steps_per_check = STEPS_PER_CHECK[device.type]
         self.model = IncrementalModel(model, n_heads, batch, capacity)
-        self.prompt_length, self.limit = lengths.to(device), limits.to(device)
-        self.produced = torch.zeros_like(self.prompt_length)
+        self.progress = Progress(
+            lengths.to(device),
+            limits.to(device),
+            n_heads,
+            None if end_tokens is None else end_tokens.to(device),
+        )
         self.reported = [0] * batch
-        self.live = torch.ones_like(self.prompt_length, dtype=torch.bool)
-        self.stuck = torch.zeros_like(self.live)
-        self.forwards = torch.zeros_like(self.prompt_length)
-        self.accepted = torch.zeros(n_heads - 1, dtype=torch.int64, device=device)
-        self.output = self.prompt_length.new_zeros(batch, int(limits.max()) + n_heads)
-        self.drafted = torch.zeros_like(self.output, dtype=torch.bool)
-        self.drafts = self.prompt_length.new_zeros(batch, n_heads - 1)
         self.draft_logits: Tensor | None = None
         if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
             shape = (batch, n_heads - 1, model.config.vocab_size)
             self.draft_logits = weight.new_zeros(shape, dtype=self.model.dtype)
-        self.columns = torch.arange(n_heads, device=device)
 
     def prefill(self) -> None:
         """Run the prompts in chunks, then emit each sequence's first token and first drafts."""
         tokens = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True)
-        last = self.prompt_length - 1
+        last = self.progress.prompt_length - 1
         picked: list[Tensor] = []
         for begin in range(0, tokens.shape[1], PREFILL_CHUNK):
             chunk = tokens[:, begin : begin + PREFILL_CHUNK]
@@ -270,10 +262,8 @@ class _Decoder:
 
     def step(self) -> None:
         """One forward over the last token and its drafts, then `commit`."""
-        last = self.output.gather(1, (self.produced - 1).clamp(min=0)[:, None])
-        start = self.prompt_length + self.produced - 1
-        rows = self.model.rows(start, self.width, self.length)
-        trunk, logits = self.model.step(torch.cat([last, self.drafts], 1), rows)
+        rows = self.model.rows(self.progress.start, self.width, self.length)
+        trunk, logits = self.model.step(self.progress.block, rows)
         self.commit(logits, trunk)
 
     def commit(self, logits: Tensor, trunk: Tensor) -> None:
@@ -281,62 +271,43 @@ class _Decoder:
         judged = logits.shape[1] - 1
         result = speculative_accept(
             logits,
-            self.drafts[:, :judged],
+            self.progress.block[:, 1 : judged + 1],
             draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
             rule=self.rule,
             seed=self.seed,
-            position=self.prompt_length + self.produced,
-            pad_token_id=0,  # a sequence that has ended goes on reading its output: keep it valid
+            position=self.progress.position,
             **self.sampling,
         )
-        columns = self.columns[: judged + 1]
-        from_draft = columns < result.num_accepted[:, None]
-        # What lies beyond the emitted tokens is overwritten by the next step or never read.
-        where = self.produced[:, None] + columns
-        self.output.scatter_(1, where, result.tokens)
-        self.drafted.scatter_(1, where, from_draft)
-        self.forwards += self.live
-        self.accepted[:judged] += (from_draft[:, :judged] & self.live[:, None]).sum(0)
-
-        self.stuck |= self.live & (result.num_tokens == 0)
-        count = torch.minimum(result.num_tokens, self.limit - self.produced)
-        if self.end_tokens is not None:
-            ends = (result.tokens[:, :, None] == self.end_tokens[:, None, :]).any(-1)
-            until_end = torch.where(ends, columns + 1, judged + 2).amin(1)
-            count = torch.minimum(count, until_end)
-        self.produced += torch.where(self.live, count, 0)
-        self.live &= (count > 0) & (self.produced < self.limit)
-        if self.end_tokens is not None:
-            self.live &= count < until_end
+        self.progress.commit(result)
         if self.width > 1:
-            self.draft(_pick(trunk, (count - 1).clamp(min=0)))
+            self.draft(_pick(trunk, self.progress.row))
 
     def draft(self, trunk: Tensor) -> None:
         """Draft the next block from the trunk's output `trunk` (B, dim) at the last row kept."""
-        position = self.prompt_length + self.produced
-        # Not below 0, where a sequence that got no token has none before.
-        row = self.model.rows((position - 2).clamp(min=0), 1, self.length)
-        logits = self.model.draft_logits(trunk, row)
+        row = self.model.rows(self.progress.draft_start, 1, self.length)
+        logits, drafts = self.model.draft_logits(trunk, row), self.progress.block[:, 1:]
         if self.draft_logits is None:
-            torch.argmax(logits, -1, out=self.drafts)
+            torch.argmax(logits, -1, out=drafts)
             return
         self.draft_logits.copy_(logits)
+        position = self.progress.position
         for i in range(self.width - 1):
-            self.drafts[:, i] = sample(
+            drafts[:, i] = sample(
                 logits[:, i], seed=self.seed, position=position, index=i, **self.sampling
             )
 
     def check(self, on_tokens: Callable[[int, Tensor], object] | None) -> bool:
         """Report new tokens; whether any sequence goes on. Waits for the device."""
+        progress = self.progress
         if on_tokens is not None:
             for b, (begin, end) in enumerate(
-                zip(self.reported, self.produced.tolist(), strict=True)
+                zip(self.reported, progress.produced.tolist(), strict=True)
             ):
                 if end > begin:
                     self.reported[b] = end
-                    on_tokens(b, self.output[b, begin:end].cpu())
-        longest = int(torch.where(self.live, self.prompt_length + self.produced, 0).max())
-        if self.output.device.type == "cpu":
+                    on_tokens(b, progress.output[b, begin:end].cpu())
+        longest = int(torch.where(progress.live, progress.position, 0).max())
+        if progress.output.device.type == "cpu":
             # Attention need not read slots that no live sequence will have reached.
             reach = longest + self.width * self.steps_per_check - 1
             self.length = min(reach, self.capacity)
@@ -344,20 +315,21 @@ class _Decoder:
 
     def result(self, started: float) -> GenerateResult:
         """Cut the output to what each sequence produced."""
-        if self.stuck.any():
-            bad = self.stuck.nonzero().flatten().tolist()
+        progress = self.progress
+        if progress.stuck.any():
+            bad = progress.stuck.nonzero().flatten().tolist()
             raise RuntimeError(f"the model's logits are not finite for prompts {bad}")
-        produced, forwards = self.produced.tolist(), self.forwards.tolist()
+        produced, forwards = progress.produced.tolist(), progress.forwards.tolist()
         steps = max(1, sum(forwards) - len(forwards))  # the prompt's forward has no drafts
         stats = GenerateStats(
             forwards=forwards,
             tokens_per_forward=sum(produced) / sum(forwards),
-            acceptance=[count / steps for count in self.accepted.tolist()],
+            acceptance=[count / steps for count in progress.accepted.tolist()],
             seconds=time.perf_counter() - started,
         )
         return GenerateResult(
-            [row[:n].cpu() for row, n in zip(self.output, produced, strict=True)],
-            [row[:n].cpu() for row, n in zip(self.drafted, produced, strict=True)],
+            [row[:n].cpu() for row, n in zip(progress.output, produced, strict=True)],
+            [row[:n].cpu() for row, n in zip(progress.drafted, produced, strict=True)],
             stats,
         )
 
