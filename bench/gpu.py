@@ -74,7 +74,10 @@ def row_kernel(rows: int, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]
     return results
 
 
-def linear_loss(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def linear_loss(
+    rows: int, dim: int, vocab: int, dtype: torch.dtype, *, peers: bool = True
+) -> list[dict[str, Any]]:
+    """Ours with its default chunk and with others, by which `cuda_chunk_bytes` is to be tuned."""
     x = torch.randn(rows, dim, device="cuda", dtype=dtype, requires_grad=True)
     weight = (torch.randn(vocab, dim, device="cuda") * 0.02).to(dtype).requires_grad_()
     target = torch.randint(vocab, (rows,), device="cuda")
@@ -94,20 +97,21 @@ def linear_loss(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> list[dic
 
         return run
 
-    runs = {
-        "three GEMMs alone": floor,
-        "eager": step(reference.linear_cross_entropy),
-        "torch.compile": step(torch.compile(reference.linear_cross_entropy)),
-        "ours": step(mtp_fast.linear_cross_entropy),
-    }
-    if hasattr(F, "linear_cross_entropy"):
+    runs = {"three GEMMs alone": floor, "ours": step(mtp_fast.linear_cross_entropy)}
+    for n in (r for r in (512, 1024, 2048, 4096, 8192, 16384) if r <= rows):
+        options = {"chunk_bytes": n * vocab * dtype.itemsize}
+        runs[f"ours, {n} rows"] = step(functools.partial(mtp_fast.linear_cross_entropy, **options))
+    if peers:
+        runs["eager"] = step(reference.linear_cross_entropy)
+        runs["torch.compile"] = step(torch.compile(reference.linear_cross_entropy))
+    if peers and hasattr(F, "linear_cross_entropy"):
         runs["F.linear_cross_entropy"] = step(F.linear_cross_entropy)
-    if importlib.util.find_spec("liger_kernel"):
+    if peers and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
         runs["liger"] = step(lambda x, w, t: liger(w, x, t))
-    if importlib.util.find_spec("cut_cross_entropy"):
+    if peers and importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
         runs["cut-cross-entropy"] = step(linear_cross_entropy)
@@ -121,7 +125,7 @@ def linear_loss(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> list[dic
             entry["TFLOP/s"] = 6 * rows * dim * vocab / entry["ms"] / 1e9
             entry["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
         except Exception as error:  # a peer that fails must not end the bench
-            if name == "ours":
+            if name.startswith("ours"):
                 raise
             entry["error"] = repr(error)[:200]
         results.append(entry)
@@ -177,6 +181,8 @@ def main() -> None:
         results += row_kernel(8192, vocab, torch.bfloat16)
     results += row_kernel(4096, 50_257, torch.float32)
     results += linear_loss(8192, 4096, 128_256, torch.bfloat16)
+    for dim, vocab in ((4096, 128_256), (2048, 32_000), (576, 49_152)):
+        results += linear_loss(32_768, dim, vocab, torch.bfloat16, peers=False)
     for entry in results:
         numbers = (f"{k} {v:.4g}" for k, v in entry.items() if isinstance(v, float))
         print(f"{entry['bench']:52} {entry['name']:24}", *numbers, entry.get("error", ""))

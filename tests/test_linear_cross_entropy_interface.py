@@ -1,5 +1,6 @@
 """`linear_cross_entropy` among other code: autocast, compile, opcheck, strides, bad input."""
 
+import math
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_opcheck(reduction: str, stacked: bool) -> None:
     arguments = (
         *(hidden, weight, bias, labels, torch.zeros_like(labels), torch.rand(11)),
         *(torch.rand(2, 5), None, None, 1, reduction, -100, 0.1, 1e-3, 5.0),
-        *(torch.float32, 200, False, True, [reduction != "none"] * 3),
+        *(torch.float32, None if stacked else 200, False, True, [reduction != "none"] * 3),
     )
     if reduction == "none":
         arguments = (*arguments[:-1], [True] * 3)
@@ -84,6 +85,91 @@ def test_opcheck(reduction: str, stacked: bool) -> None:
     torch.library.opcheck(
         torch.ops.mtp_fast.scale_gradient.default,
         (torch.randn(3, 4), torch.tensor(2.0), torch.bfloat16),
+    )
+
+
+def test_compiled_graph_chooses_its_chunks_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(90, 16)
+    target = torch.randint(90, (40,))
+    loss = torch.compile(
+        lambda x: mtp_fast.linear_cross_entropy(x, weight, target),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    sizes: list[int] = []
+    run_rows = chunked_loss.run_rows
+    monkeypatch.setattr(
+        chunked_loss, "run_rows", lambda z, *a, **k: sizes.append(len(z)) or run_rows(z, *a, **k)
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (40, 1):
+            monkeypatch.setattr(chunked_loss, "default_chunk_bytes", lambda w, r=rows: r * 90 * 4)
+            loss(x)
+    assert sizes == [40, *[1] * 40]
+
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dim", "itemsize", "unused", "expected"),
+    [
+        (128_256, 4096, 2, 20 * GIB, 4096 * 128_256 * 2),
+        (128_256, 4096, 2, math.inf, 4096 * 128_256 * 2),
+        (49_152, 576, 2, 20 * GIB, 7281 * 49_152 * 2),  # rows x d fills the device
+        (256, 1024, 2, 20 * GIB, 256 * MIB),
+        (256_000, 4096, 4, 100 * GIB, 2 * GIB),
+        (256_000, 64, 2, 100 * GIB, 2 * GIB),
+        (128_256, 4096, 2, 3 * GIB, 4096 * 128_256),  # 501 of 768 MiB
+        (32_000, 2048, 2, 700 * MIB, 128 * MIB),
+        (128_256, 4096, 2, 2 * MIB, 4096 * 128_256 * 2 >> 11),
+        (128_256, 4096, 2, 0, 128_256 * 2),
+        (128_256, 4096, 2, -5, 128_256 * 2),
+        (1 << 30, 8, 4, 100 * GIB, 4 * GIB),
+        (5, 0, 4, 8 * GIB, 256 * MIB),
+    ],
+)
+def test_cuda_chunk(vocab: int, dim: int, itemsize: int, unused: float, expected: int) -> None:
+    """Rows for efficient products, within bounds, in a quarter of what is unused, at least one."""
+    chunk = chunked_loss.cuda_chunk_bytes(vocab, dim, itemsize, unused)
+    assert chunk == expected
+    assert chunk <= max(unused / 4, vocab * itemsize)
+
+
+def test_what_is_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's free memory and the allocator's; not asked for while a graph is captured."""
+    answers = {
+        "mem_get_info": (100, 1000),
+        "memory_reserved": 70,
+        "memory_allocated": 30,
+        "get_allocator_backend": "native",
+        "is_current_stream_capturing": False,
+    }
+    for name in answers:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, n=name: answers[n])
+    device = torch.device("cuda", 0)
+    assert chunked_loss._unused_bytes(device) == 140
+    answers["get_allocator_backend"] = "pluggable"
+    assert chunked_loss._unused_bytes(device) == 100
+    answers["is_current_stream_capturing"] = True
+    assert chunked_loss._unused_bytes(device) == math.inf
+
+
+def test_cpu_chunk_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(chunked_loss, "_unused_bytes")
+    for dtype in DTYPES:
+        assert chunked_loss.default_chunk_bytes(torch.empty(9, 3, dtype=dtype)) == 256 * MIB
+
+
+@pytest.mark.parametrize(
+    "loss", [mtp_fast.linear_cross_entropy, mtp_fast.multi_token_cross_entropy]
+)
+def test_docstrings_state_the_default_chunk(loss: Any) -> None:
+    words = " ".join(loss.__doc__.split())
+    assert "256 MiB on the CPU" in words
+    assert (
+        "max(4096, 2**22 / d) rows within 256 MiB and 2 GiB, halved until it is at most a quarter "
+        "of the memory that is unused" in words
     )
 
 

@@ -16,12 +16,6 @@ from mtp_fast.ops._common import (
 
 Reduction = Literal["mean", "sum", "none"]
 
-# The default budget for the logits of a chunk, in bytes. On CUDA a 64th of the device's memory,
-# within these bounds: little beside a model, and on an 80 GB device still thousands of rows of 128K
-# 16-bit logits, which keep the products large.
-CPU_CHUNK_BYTES = 256 << 20
-MAX_CUDA_CHUNK_BYTES = 2 << 30
-
 
 class RowTerms(NamedTuple):
     """The scalars of the loss of one row (csrc/cross_entropy/math.h)."""
@@ -146,13 +140,10 @@ def check_linear(
     return torch.get_autocast_dtype(device_type) if autocast else input.dtype
 
 
-def check_chunk_bytes(chunk_bytes: int | None, device: torch.device) -> int:
-    """Check the budget and fill in the default."""
+def check_chunk_bytes(chunk_bytes: int | None) -> int | None:
+    """Check the budget for the logits. None stays None: the op chooses when it runs."""
     if chunk_bytes is None:
-        if device.type != "cuda":
-            return CPU_CHUNK_BYTES
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return min(max(memory // 64, CPU_CHUNK_BYTES), MAX_CUDA_CHUNK_BYTES)
+        return None
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise TypeError(f"chunk_bytes: expected an int or None, got {chunk_bytes!r}")
     if chunk_bytes <= 0:

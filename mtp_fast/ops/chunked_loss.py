@@ -6,6 +6,7 @@ GEMMs take the gradient to d(hidden) and d(weight): 6 N d V FLOPs in all, as man
 logits.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,57 @@ PRODUCT_BYTES = 8 << 20
 # Products take longer over other numbers of rows: oneDNN's of bfloat16 for d(hidden) 6 % over 2043
 # than over 2048, MKL's three of float32 4 % in chunks of 1365 than of 1024 or 2048.
 ROWS_MULTIPLE = 64
+# The default budget for the logits of a chunk: on the CPU, and bounds on CUDA.
+CPU_CHUNK_BYTES = MIN_CUDA_CHUNK_BYTES = 256 << 20
+MAX_CUDA_CHUNK_BYTES = 2 << 30
+
+
+def default_chunk_bytes(weight: Tensor) -> int:
+    """Budget for logits of the dtype of `weight` (V, d), once gradients have their memory."""
+    if not weight.is_cuda:
+        return CPU_CHUNK_BYTES
+    vocab, dim = weight.shape
+    return cuda_chunk_bytes(vocab, dim, weight.itemsize, _unused_bytes(weight.device))
+
+
+def cuda_chunk_bytes(vocab: int, dim: int, itemsize: int, unused: float) -> int:
+    """Budget for logits on CUDA: as many rows as make the products efficient, if they fit.
+
+    4096 rows: whatever its size, a chunk reads the weight twice and reads and writes d(weight), in
+    16 bits 12 V d bytes. That is a seventh of the time of its 6 rows V d FLOPs at the peaks of an
+    H100 (989 TFLOP/s, 3.35 TB/s). 2**22 / d rows if that is more: d(hidden), rows x d, then has a
+    tile of 128 x 256 for each of 128 multiprocessors. At least 256 MiB, below which launches take
+    longer than what they launch, and at most 2 GiB.
+
+    Halved until it is at most a quarter of what is unused: half the rows cost a little time, too
+    many end the run. By halves, so that on a full device the order of summation and the size that
+    the allocator is asked for seldom change from step to step. Never below one row.
+
+    Parameters
+    ----------
+    vocab, dim : int
+        V and d.
+    itemsize : int
+        Bytes of a logit.
+    unused : float
+        Bytes of the device's memory; inf if unknown.
+    """
+    row = vocab * itemsize
+    rows = max(4096, 2**22 // max(dim, 1))
+    budget = min(max(rows * row, MIN_CUDA_CHUNK_BYTES), MAX_CUDA_CHUNK_BYTES)
+    while budget > max(unused / 4, row):
+        budget //= 2
+    return max(budget, row)
+
+
+def _unused_bytes(device: torch.device) -> float:
+    """Memory that the driver or torch's allocator could give; inf where they must not be asked."""
+    if torch.cuda.is_current_stream_capturing():
+        return math.inf
+    unused, _ = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_allocator_backend() != "pluggable":  # which keeps no statistics
+        unused += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return unused
 
 
 def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -58,7 +110,7 @@ class Arguments(NamedTuple):
     z_loss: float
     softcap: float
     compute_dtype: torch.dtype
-    chunk_bytes: int
+    chunk_bytes: int | None
 
     @property
     def terms(self) -> RowTerms:
@@ -227,11 +279,12 @@ def sweep(
     outputs: tuple[Tensor | None, ...] = (),  # (n, B * T) each: loss, lse, correct
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Go over the rows that count: logits, kernel, outputs, gradients (returned)."""
-    total, vocab = sum(counts), a.weight.shape[0]
-    most = max(a.chunk_bytes // (vocab * a.compute_dtype.itemsize), 1)
-    size = _chunk_rows(total, most)
     gradients = _Gradients(a, needs_grad)
     weight, heads = gradients.weight, a.flat_heads()
+    vocab = len(weight)
+    # Asked now that the gradients have their memory, and at run time: a compiled graph is kept.
+    chunk_bytes = default_chunk_bytes(weight) if a.chunk_bytes is None else a.chunk_bytes
+    size = _chunk_rows(sum(counts), max(chunk_bytes // (vocab * weight.itemsize), 1))
     bias = None if a.bias is None else a.bias.to(a.compute_dtype)
     class_weight_sum = sum_of_class_weights(a.class_weight)
     buffer = new_buffer(weight, (size, vocab), weight.dtype)

@@ -106,8 +106,11 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
     softcap : float, optional
         c > 0: the logits become c * tanh(logits / c).
     chunk_bytes : int, optional
-        Budget for the buffer of logits, in bytes; the default is 256 MiB on the CPU, and on CUDA a
-        64th of the device's memory (256 MiB to 2 GiB). At least one row is made at a time.
+        Budget for the buffer of logits, in bytes; at least one row is made at a time. The default
+        is 256 MiB on the CPU; on CUDA max(4096, 2**22 / d) rows within 256 MiB and 2 GiB, halved
+        until it is at most a quarter of the memory that is unused when the op runs (which is not
+        asked for in the capture of a CUDA graph). d(weight) is summed chunk by chunk: set the
+        budget where it must be the same to the bit on a device that may be nearly full.
     check_targets : bool
         Raise for targets out of range on CUDA too, which synchronises.
     return_stats : bool
@@ -156,7 +159,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # overloads: every option goes 
         reduction=reduction,
         terms=terms,
         compute_dtype=compute_dtype,
-        chunk_bytes=check_chunk_bytes(chunk_bytes, input.device),
+        chunk_bytes=check_chunk_bytes(chunk_bytes),
         check_targets=check_targets,
         want_stats=return_stats,
     )
@@ -204,7 +207,7 @@ def run_linear_cross_entropy(
     reduction: str,
     terms: RowTerms,
     compute_dtype: torch.dtype,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     check_targets: bool,
     want_stats: bool,
     document_ids: Tensor | None = None,  # (B, T)
@@ -245,7 +248,7 @@ _INPUTS = (
     "Tensor[] hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? document_ids, "
     "Tensor? class_weight, Tensor? token_weight, Tensor? head_weights, Tensor? num_items, "
     "int shift, str reduction, int ignore_index, float label_smoothing, float z_loss, "
-    "float softcap, ScalarType compute_dtype, int chunk_bytes"
+    "float softcap, ScalarType compute_dtype, int? chunk_bytes"
 )
 torch.library.define(
     "mtp_fast::linear_cross_entropy",

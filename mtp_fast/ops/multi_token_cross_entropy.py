@@ -91,8 +91,12 @@ def multi_token_cross_entropy(  # type: ignore[misc]  # overloads: every option 
         document than its position is ignored.
     head_weights : sequence of float or Tensor, optional
         (n,): default all 1, the paper's sum.
-    linear_bias, weight, ignore_index, label_smoothing, z_loss, softcap, chunk_bytes, check_targets
+    linear_bias, weight, ignore_index, label_smoothing, z_loss, softcap, check_targets
         As in `linear_cross_entropy`.
+    chunk_bytes : int, optional
+        Budget for the buffer of logits, which all heads share. The default is that of
+        `linear_cross_entropy`: 256 MiB on the CPU; on CUDA max(4096, 2**22 / d) rows within 256 MiB
+        and 2 GiB, halved until it is at most a quarter of the memory that is unused.
     reduction : {"mean", "sum"}
         Each head's mean over its valid predictions, then the weighted sum; or the weighted sum of
         all. A head with no valid prediction contributes 0.
@@ -144,7 +148,7 @@ def multi_token_cross_entropy(  # type: ignore[misc]  # overloads: every option 
         reduction=reduction,
         terms=check_terms(ignore_index, label_smoothing, z_loss, softcap),
         compute_dtype=compute_dtype,
-        chunk_bytes=check_chunk_bytes(chunk_bytes, linear_weight.device),
+        chunk_bytes=check_chunk_bytes(chunk_bytes),
         check_targets=check_targets,
         want_stats=return_stats,
     )
