@@ -269,6 +269,62 @@ def test_bytes_moved_by_draws_filters_and_log_probabilities(em, capability):
         assert counters.written == (exchanged if capability == 80 else 0)
 
 
+def steps(dtype: torch.dtype) -> Tensor:
+    """Three rows: tiles 0 to 79 of 99 have two logits of 15 - tile / 16, all others are -30."""
+    logits = torch.full((3, 50257), -30.0)
+    tiles = torch.arange(80)
+    for place in (7, 300):
+        logits[:, 512 * tiles + place] = 15 - tiles / 16
+    return logits.to(dtype)
+
+
+def accept_nothing(logits: Tensor, **sampling: float) -> AcceptResult:
+    no_drafts = torch.empty(len(logits), 0, dtype=torch.int64)
+    return speculative_accept(logits[:, None], no_drafts, **sampling)
+
+
+# In `steps`, from the top down, 80 logits end in tile 39, nine tenths of the mass in tile 35, those
+# of at least a fifth of the largest weight in tile 25; and nine tenths of the 80 logits' in 27.
+@needs_emulator
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("call", [sample, accept_nothing])
+@pytest.mark.parametrize(
+    ("filters", "bf16", "float32", "equals", "kept"),
+    [  # tiles read: by each histogram in either dtype, by the count of equals, by the sums
+        ({"min_p": 0.2}, [], [], 0, 26),
+        ({"top_k": 80}, [80], [80, 40, 40], 0, 40),
+        ({"top_k": 79}, [80], [80, 40, 40], 40, 40),  # one of two equals is dropped
+        ({"top_k": 200}, [99, 99], [99, 99, 99, 99], 99, 99),  # more than tiles: no bound
+        ({"top_p": 0.9}, [80], [80, 36, 36], 0, 36),
+        ({"top_p": 0.8965}, [80], [80, 36, 36], 36, 36),
+        ({"top_k": 80, "min_p": 0.2}, [80], [80, 40, 40], 0, 26),
+        ({"top_p": 0.9, "min_p": 0.2}, [80], [80, 36, 36], 0, 26),
+        ({"top_k": 80, "top_p": 0.9}, [80, 40], [80, 40, 40, 40, 28, 28], 0, 28),
+        ({"top_k": 80, "top_p": 0.9, "min_p": 0.2}, [80, 40], [80, 40, 40, 40, 28, 28], 0, 26),
+    ],
+)
+def test_bytes_moved_by_filters(em, filters, bf16, float32, equals, kept, call, capability):
+    """As the head of cuda_filters.cuh states them."""
+    em.set_device(capability)
+    passes = 1 if "top_k" in filters else 2
+    for dtype, histograms in ((BF16, bf16), (FLOAT, float32)):
+        logits = steps(dtype)
+        with emulated(em):
+            counters = em.measure()
+            call(logits, temperature=1.0, **filters)
+            # The last equal, and the token, are looked for by each warp.
+            by_warp = counters.blocks * counters.threads / 32 * (2 if equals else 1)
+            tiles = 3 * (sum(histograms) + equals + kept) + by_warp
+            expected = (3 * passes * 50257 + tiles * 512) * dtype.itemsize
+            assert counters.read == pytest.approx(expected, rel=0.03)
+            counters = em.measure()
+            call(logits[:1], temperature=1.0, **filters)
+            # Maxima and sums as read, counts of equals, sums of what is kept.
+            exchanged = 4 * 99 * (passes + bool(equals) + 1)
+            exchanged += 6144 * counters.blocks * len(histograms)
+            assert counters.written == (exchanged if capability == 80 else 0)
+
+
 # A thread passes the same few barriers many times. The first times of each, every one matters;
 # later ones may wait for nothing, where what they guard has not changed.
 @needs_emulator

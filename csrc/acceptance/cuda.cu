@@ -9,13 +9,13 @@
 // cuda_row.cuh.
 //
 // Bytes per row of V logits of size s, where it is judged: sV from global memory, and sV again from
-// the nearest cache if the sequence is sampled. A filter reads the tiles (math.h) again that reach
-// its threshold: once for each of its histograms and once for the sums. The row that a token is
-// drawn from: one tile; under draft logits both rows once more, for the residual. Rows after the
-// first rejection (under the block rule: after the last draft) are not read. Log-probabilities: 2sV
-// for each token emitted. A cooperative grid moves besides, through the L2 cache, 4 bytes a tile
-// written and as many read by each block for each maximum and each sum, and for each histogram 6
-// KiB written by each block and up to 6 KiB read from each block by each.
+// the nearest cache if the sequence is sampled without top-k. Filters read some of the tiles
+// (math.h) again, as cuda_filters.cuh says. The row that a token is drawn from: one tile by each
+// warp; under draft logits both rows once more, for the residual. Rows after the first rejection
+// (under the block rule: after the last draft) are not read. Log-probabilities: 2sV for each token
+// emitted. A cooperative grid moves besides, through the L2 cache, 4 bytes a tile written and as
+// many read by each block for each maximum, sum and count, and for each histogram 6 KiB written by
+// each block and up to 6 KiB read from each block by each.
 //
 // Shared memory: 14.5 KiB.
 #include <cfloat>

@@ -1,5 +1,15 @@
 // The histograms of the filters (filters.h) on a GPU: each block counts its tiles in shared memory,
 // then adds up the bins of all blocks of its team.
+//
+// Bytes that the filters of a row read, as tiles (math.h) whose maximum reaches a limit. Top-k and
+// top-p: one histogram for each 9 bits of the number of order keys from a lower bound of the
+// threshold to the maximum, so 1 or 2 in 16 bits and 1 to 4 in float32. The limit of the first is
+// the bound, of the others the lowest key of the bin that the one before chose. The bound is, of
+// top-k, the k-th largest maximum of a tile (none if there are fewer tiles); of top-p, the logit
+// that weighs (1 - p) / V of the total or, after top-k, its threshold. Where some of the logits
+// that equal the threshold are dropped, their count: the tiles that reach it, and one tile by each
+// warp. After all filters the sums: the tiles that reach the last threshold. Min-p reads nothing
+// besides.
 #pragma once
 
 #include "acceptance/cuda_row.cuh"
