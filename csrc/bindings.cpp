@@ -131,11 +131,11 @@ DecodeShape decode_shape(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_quer
   return {dim, ffn_dim, n_queries, n_keys, head_dim, static_cast<DType>(dtype)};
 }
 
-// Elements of a block's packed weights, floats of its cache for one sequence.
+// Elements of a block's packed weights, bytes of its cache for one sequence.
 std::pair<int64_t, int64_t> decode_sizes(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
                                          int64_t n_keys, int64_t head_dim, int64_t capacity) {
   const DecodeShape shape = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
-  return {decode_packed_size_cpu(shape), decode_cache_size_cpu(shape, capacity)};
+  return {decode_packed_size_cpu(shape), decode_cache_bytes_cpu(shape, capacity)};
 }
 
 void pack(int threads, int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries, int64_t n_keys,
@@ -171,7 +171,7 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   static_cast<DecodeShape&>(p) = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
   p.blocks = pointer<const DecodeBlock>(blocks);
   p.packed = pointer<const void>(packed);
-  p.cache = pointer<float>(cache);
+  p.cache = pointer<void>(cache);
   p.rope = pointer<const float>(rope);
   p.final_scale = pointer<const float>(final_scale);
   p.start = pointer<const int64_t>(start);

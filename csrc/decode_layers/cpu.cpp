@@ -63,13 +63,15 @@ class Step {
         reach_(
             panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
             kPanel),
-        queries_(abreast * rows_, width_),
+        queries_(abreast * rows_ * params.n_queries, params.head_dim),
         attended_(abreast * rows_, width_),
         hidden_(abreast * rows_, params.ffn_dim),
         normalized_(threads * rows_, params.dim),
         normalized_of_(threads),
         head_(threads * rows_, head_width_),
+        converted_(threads, params.head_dim),
         scores_(threads * params.rows, reach_),
+        weights_(threads * params.rows, reach_),
         factors_(threads, params.rows) {}
 
   // x (abreast, rows, dim), in place.
@@ -148,22 +150,31 @@ class Step {
                          sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
                        });
         const int64_t h = packed_.head_at(p_, place);
-        for (int64_t r = 0; r < rows_; ++r) finish_head(blocks[b], b, h, r, y + r * head_width_);
+        for (int64_t r = 0; r < rows_; ++r) {
+          finish_head(worker, blocks[b], b, h, r, y + r * head_width_);
+        }
       }
     });
   }
 
   // Bias, norm and rotation of attention head h of a row; then to its place.
-  void finish_head(const DecodeBlock& block, int64_t b, int64_t h, int64_t row, float* x) {
+  void finish_head(const Worker& worker, const DecodeBlock& block, int64_t b, int64_t h,
+                   int64_t row, float* x) {
     const int64_t size = p_.head_dim, half = size / 2;
     const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
     if (block.qkv_bias != nullptr) {
       for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
     }
     const int64_t sequence = row / p_.rows, position = p_.start[sequence] + row % p_.rows;
+    X* converted = converted_.row(worker.index());
     if (value >= 0) {
-      float* y = cached(block, sequence, value) + cache_.keys + position * cache_.value_width;
-      memcpy(y, x, sizeof(float) * size);
+      convert(x, size, converted);
+      X* values = cached(block, sequence, value) + cache_.values;
+      for (int64_t i = 0; i < size; i += kPanel) {
+        X* y = values + place_in_panels<X>(i, position, cache_.value_step);
+        const int64_t n = std::min(kPanel, size - i);
+        for (int64_t o = 0; o < n; ++o) y[o * kDepth<X>] = converted[i + o];
+      }
       return;
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
@@ -176,18 +187,21 @@ class Step {
       x[half + i] = high * cosine[half + i] + low * sine[half + i];
     }
     if (key < 0) {
-      memcpy(queries_.row(b * rows_ + row) + h * size, x, sizeof(float) * size);
-    } else {
-      float* y = cached(block, sequence, key) + position / kPanel * panel_size<float>(size) +
-                 position % kPanel;
-      for (int64_t i = 0; i < size; ++i) y[i * kPanel] = x[i];
+      convert(x, size, queries_.row((b * rows_ + row) * p_.n_queries + h));
+      return;
+    }
+    convert(x, size, converted);
+    X* y = cached(block, sequence, key) + place_in_panels<X>(position, 0, cache_.key_step);
+    constexpr int64_t kPair = kDepth<X>;
+    for (int64_t i = 0; i < size; i += kPair, y += kPanel * kPair) {
+      for (int64_t j = 0; j < kPair && i + j < size; ++j) y[j] = converted[i + j];
     }
   }
 
   // A sequence's keys and values of one attention head.
-  float* cached(const DecodeBlock& block, int64_t sequence, int64_t h) const {
-    return p_.cache + (sequence * p_.n_blocks + (&block - p_.blocks)) * cache_.size +
-           h * cache_.head;
+  X* cached(const DecodeBlock& block, int64_t sequence, int64_t h) const {
+    return static_cast<X*>(p_.cache) +
+           (sequence * p_.n_blocks + (&block - p_.blocks)) * cache_.size + h * cache_.head;
   }
 
   void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
@@ -210,40 +224,63 @@ class Step {
     add_products(worker, hidden_, ffn, blocks, packed_.down, x);
   }
 
-  // Attention head h of all of a sequence's new rows.
+  // Attention head h of all of a sequence's new rows. Row r sees `shared` + r positions.
   void attend(const Worker& worker, const DecodeBlock& block, int64_t b, int64_t sequence,
               int64_t h) {
-    const int64_t size = p_.head_dim;
-    const float* keys = cached(block, sequence, h / packed_.group_queries);
-    const float* values = keys + cache_.keys;
+    const int64_t size = p_.head_dim, row = (b * p_.batch + sequence) * p_.rows;
+    const X* keys = cached(block, sequence, h / packed_.group_queries);
+    const X* values = keys + cache_.values;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    const int64_t row = (b * p_.batch + sequence) * p_.rows;
-    const int64_t seen = p_.start[sequence] + p_.rows;  // positions that the last row sees
+    const int64_t shared = p_.start[sequence] + 1, seen = p_.start[sequence] + p_.rows;
     float* scores = scores_.row(worker.index() * p_.rows);
+    X* weights = weights_.row(worker.index() * p_.rows);
     float* factors = factors_.row(worker.index());
-    panel_products(queries_.row(row) + h * size, width_, p_.rows, keys, size, panels_of(seen),
-                   [&](int64_t r, int64_t p, Sums sums) {
+    panel_products(queries_.row(row * p_.n_queries + h), p_.n_queries * queries_.ld, p_.rows, keys,
+                   cache_.key_step, size, panels_of(seen), [&](int64_t r, int64_t p, Sums sums) {
                      sums.first.store(scores + r * reach_ + p * kPanel);
                      sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
                    });
-    const int64_t shared = seen - p_.rows + 1;  // positions that every row sees; row r sees r more
     for (int64_t r = 0; r < p_.rows; ++r) {
-      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale);
+      X* own = weights + r * reach_;
+      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale, own);
+      std::fill(own + shared + r, own + padded<X>(seen), X{});
     }
-    panel_products(scores, reach_, p_.rows, values, kPanel, cache_.value_width, shared,
-                   panels_of(size), [&](int64_t r, int64_t p, Sums sums) {
-                     for (int64_t t = shared; t < shared + r; ++t) {
-                       const Vec score(scores[r * reach_ + t]);
-                       const float* value = values + t * cache_.value_width + p * kPanel;
-                       sums.first = fma(score, Vec::load(value), sums.first);
-                       sums.second = fma(score, Vec::load(value + kLanes), sums.second);
-                     }
-                     X* y = attended_.row(row + r) + h * size + p * kPanel;
-                     const Vec factor(factors[r]);
-                     const int64_t rest = size - p * kPanel;
-                     store_some(sums.first * factor, y, rest);
-                     if (rest > kLanes) store_some(sums.second * factor, y + kLanes, rest - kLanes);
-                   });
+    const auto sum_up = [&](const X* from, int64_t first, int64_t last) {  // of rows [first, last)
+      panel_products(weights, reach_, p_.rows, from, cache_.value_step, seen, panels_of(size),
+                     [&](int64_t r, int64_t p, Sums sums) {
+                       if (r < first || r >= last) return;
+                       X* y = attended_.row(row + r) + h * size + p * kPanel;
+                       const Vec factor(factors[r]);
+                       const int64_t n = size - p * kPanel;
+                       store_some(sums.first * factor, y, n);
+                       if (n > kLanes) store_some(sums.second * factor, y + kLanes, n - kLanes);
+                     });
+    };
+    if (are_finite(values, shared, padded<X>(seen))) return sum_up(values, 0, p_.rows);
+    // The weight of what a row does not see is 0, but 0 * NaN is NaN.
+    std::vector<X> visible(panels_of(size) * cache_.value_step);
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      for (int64_t i = 0; i < size; ++i) {
+        for (int64_t t = 0; t < shared + r; ++t) {
+          const int64_t place = place_in_panels<X>(i, t, cache_.value_step);
+          visible[place] = values[place];
+        }
+      }
+      sum_up(visible.data(), r, r + 1);
+    }
+  }
+
+  // Of a head's values at positions [begin, end), and maybe at the one before.
+  bool are_finite(const X* values, int64_t begin, int64_t end) const {
+    constexpr int64_t kStep = kPanel * kDepth<X>;
+    Vec zeros(0.0f);  // and NaN where a value is not finite
+    for (int64_t p = 0; p < panels_of(p_.head_dim); ++p, values += cache_.value_step) {
+      const X* last = values + (end + kDepth<X> - 1) / kDepth<X> * kStep;
+      for (const X* x = values + begin / kDepth<X> * kStep; x < last; x += kLanes) {
+        zeros = fma(Vec::load(x), Vec(0.0f), zeros);
+      }
+    }
+    return zeros.hsum() == 0.0f;
   }
 
   // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
@@ -270,18 +307,20 @@ class Step {
 
   const DecodeParams& p_;
   const PackedBlock<X> packed_;
-  const CacheLayout cache_;
+  const CacheLayout<X> cache_;
   const int threads_;
   const int64_t abreast_, rows_, width_, head_width_;
   const int64_t reach_;                 // positions that any row sees, at most, in whole panels
-  const Scratch<float> queries_;        // (abreast, rows, n_queries, head_dim)
-  const Scratch<X> attended_;           // likewise
-  const Scratch<X> hidden_;             // (abreast, rows, ffn_dim)
-  const Scratch<X> normalized_;         // (threads, rows, dim)
+  const Scratch<X> queries_;            // (abreast, rows, n_queries) rows of head_dim
+  const Scratch<X> attended_;           // (abreast, rows) of n_queries * head_dim
+  const Scratch<X> hidden_;             // (abreast, rows) of ffn_dim
+  const Scratch<X> normalized_;         // (threads, rows) of dim
   std::vector<int64_t> normalized_of_;  // (threads): which round and block that is
-  const Scratch<float> head_;           // (threads, rows, head_width)
-  const Scratch<float> scores_;         // (threads, rows of a sequence, reach)
-  const Scratch<float> factors_;        // (threads, rows of a sequence)
+  const Scratch<float> head_;           // (threads, rows) of head_width
+  const Scratch<X> converted_;          // (threads) of head_dim
+  const Scratch<float> scores_;         // (threads, rows of a sequence) of reach
+  const Scratch<X> weights_;            // likewise
+  const Scratch<float> factors_;        // (threads) of rows of a sequence
 };
 
 // Calls f(r) for rows r < n: one round.
@@ -334,8 +373,13 @@ int64_t decode_packed_size<SimdLevel::MTP_SIMD>(const DecodeShape& shape) {
 }
 
 template <>
-int64_t decode_cache_size<SimdLevel::MTP_SIMD>(const DecodeShape& shape, int64_t capacity) {
-  return MTP_SIMD::CacheLayout(shape, capacity).size;
+int64_t decode_cache_bytes<SimdLevel::MTP_SIMD>(const DecodeShape& shape, int64_t capacity) {
+  using namespace MTP_SIMD;
+  int64_t bytes = 0;
+  with_types(shape.dtype, [&](auto, auto row) {
+    bytes = CacheLayout<decltype(row)>(shape, capacity).size * sizeof row;
+  });
+  return bytes;
 }
 
 template <>
@@ -362,9 +406,8 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
     Step<T, decltype(row)> layers(p, threads, 1), drafting(p, threads, heads);
     Unembedding<T> unembedding(p, threads, p.logits != nullptr ? rows : 0);
     run_rounds(threads, [&](Worker& worker) {
-      const MatrixRegisters registers(rows);
       for_rows(worker, rows, [&](int64_t r) {
-        widen(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
+        convert(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
       });
       for (int64_t i = 0; i < p.n_layers; ++i) {
         if (i + 1 == p.n_layers) {
@@ -382,6 +425,7 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
           normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
         });
       }
+      release_matrix_registers();
     });
   });
 }
@@ -399,11 +443,11 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
       memcpy(x.row(h * p.batch), p.trunk, sizeof(float) * p.batch * p.dim);
     }
     run_rounds(threads, [&](Worker& worker) {
-      const MatrixRegisters registers(p.batch);
       drafting.read(worker, p.blocks + p.n_layers, x.row(0));
       unembedding.run(worker, x.row(0), [&](int64_t r) {
         return r % p.batch * heads + r / p.batch;  // from head by head to sequence by sequence
       });
+      release_matrix_registers();
     });
   });
 }

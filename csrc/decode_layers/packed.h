@@ -85,15 +85,24 @@ struct PackedBlock {
   }
 };
 
-// Keys and values of one block and sequence, in floats. A head's keys are panels whose outputs are
-// the positions; its values are rows of whole panels.
+// Where element `input` of an output lies in panels that are `step` apart.
+template <class X>
+inline int64_t place_in_panels(int64_t output, int64_t input, int64_t step) {
+  return output / kPanel * step + input / kDepth<X> * kPanel * kDepth<X> +
+         output % kPanel * kDepth<X> + input % kDepth<X>;
+}
+
+// Keys and values of one block and sequence, in elements. A head's keys are panels whose outputs
+// are the positions and whose inputs are its dimensions; its values are panels the other way round.
+template <class X>
 struct CacheLayout {
-  const int64_t value_width, keys, head, size;
+  const int64_t key_step, value_step, values, head, size;
 
   CacheLayout(const DecodeShape& s, int64_t capacity)
-      : value_width(panels_of(s.head_dim) * kPanel),
-        keys(panels_of(capacity) * panel_size<float>(s.head_dim)),
-        head(keys + capacity * value_width),
+      : key_step(panel_size<X>(s.head_dim)),
+        value_step(panel_size<X>(capacity)),
+        values(panels_of(capacity) * key_step),
+        head(values + panels_of(s.head_dim) * value_step),
         size(s.n_keys * head) {}
 };
 

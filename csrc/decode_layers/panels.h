@@ -75,14 +75,14 @@ struct Sums {
   Vec first, second;
 };
 
-// Rows of x are `ld` apart, a panel's inputs `stride`. The rows are a pack, since sums with an
-// index that varies would live in memory.
+// Rows of x are `ld` apart. The rows are a pack, since sums with an index that varies would live in
+// memory.
 template <class T, int... r>
-inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t stride, int64_t in,
-                       Sums* out, std::integer_sequence<int, r...>) {
+inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t in, Sums* out,
+                       std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = b[r] = Vec(0.0f)), ...);
-  for (int64_t i = 0; i < in; ++i, panel += stride) {
+  for (int64_t i = 0; i < in; ++i, panel += kPanel) {
     prefetch_ahead(panel);
     if (sizeof(T) * kPanel > 64) prefetch_ahead(panel + kLanes);
     const Vec w0 = Vec::load(panel), w1 = Vec::load(panel + kLanes);
@@ -95,11 +95,11 @@ inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t strid
 #if defined(__AVX512BF16__)
 
 template <int... r>
-inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int64_t stride,
-                       int64_t in, Sums* out, std::integer_sequence<int, r...>) {
+inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int64_t in, Sums* out,
+                       std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = b[r] = Vec(0.0f)), ...);
-  for (int64_t i = 0; i < in; i += 2, panel += 2 * stride) {
+  for (int64_t i = 0; i < in; i += 2, panel += 2 * kPanel) {
     prefetch_ahead(panel);
     prefetch_ahead(panel + kPanel);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
@@ -124,59 +124,28 @@ inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, 
   (void)((rows == r + 1 && (f(std::make_integer_sequence<int, r + 1>{}), true)) || ...);
 }
 
-// Calls take(r, p, sums) for rows r of x (rows, in), `ld` apart, and panels p < count, `step`
-// apart; `stride` is from input to input of a panel.
-template <class T, class X, class F>
-inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t step,
-                           int64_t stride, int64_t in, int64_t count, const F& take) {
-  for (int64_t p = 0; p < count; ++p, panels += step) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t n = std::min<int64_t>(kTileRows, rows - row);
-      Sums sums[kTileRows];
-      with_row_count(
-          n, [&](auto tile) { panel_sums(x + row * ld, ld, panels, stride, in, sums, tile); },
-          std::make_integer_sequence<int, kTileRows>{});
-      for (int64_t r = 0; r < n; ++r) take(row + r, p, sums[r]);
-    }
-  }
-}
-
 #if defined(__AVX512BF16__)
 
-// The matrix registers of a thread, while it multiplies so many rows. Numbers 0, 1: sums of 16 rows
-// and 16 outputs; 2: 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel.
-class MatrixRegisters {
- public:
-  static constexpr int64_t kRows = 16, kInputs = 32;
-
-  explicit MatrixRegisters(int64_t rows) {
-    if (!has_amx()) return;
-    struct {  // as ldtilecfg reads it
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } shapes;
-    for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(std::min(rows, kRows));
-    for (int i = 3; i < 5; ++i) shapes.rows[i] = kInputs / 2;  // pairs
-    // The intrinsic does not say how much is read.
-    __asm__ volatile("" : : "r"(&shapes) : "memory");
-    _tile_loadconfig(&shapes);
-  }
-  ~MatrixRegisters() {
-    if (has_amx()) _tile_release();
-  }
-  MatrixRegisters(const MatrixRegisters&) = delete;
-};
-
-// panel_products with the matrix registers, where they are set up for `rows`.
+// panel_products with the matrix registers of AMX. Numbers 0, 1: sums of 16 rows and 16 outputs; 2:
+// 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up.
 template <class F>
 inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const BFloat16* panels,
-                            int64_t in, int64_t count, const F& take) {
-  constexpr int64_t kRows = MatrixRegisters::kRows, kInputs = MatrixRegisters::kInputs;
-  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kLine = 64 / sizeof(BFloat16);
+                            int64_t step, int64_t in, int64_t count, const F& take) {
+  constexpr int64_t kRows = 16, kInputs = 32, kLine = 64 / sizeof(BFloat16);
+  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel;
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
+  struct {  // as ldtilecfg reads it
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(tile_rows);
+  for (int i = 3; i < 5; ++i) shapes.rows[i] = kInputs / 2;  // pairs
+  // The intrinsic does not say how much is read.
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
   alignas(64) float sums[2][kRows][kLanes];
-  for (int64_t p = 0; p < count; ++p, panels += kPanel * in) {
+  for (int64_t p = 0; p < count; ++p, panels += step) {
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
       _tile_zero(0);
@@ -205,24 +174,44 @@ inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const B
   }
 }
 
-#else
-
-struct MatrixRegisters {
-  explicit MatrixRegisters(int64_t) {}
-};
-
 #endif
 
-// The same for panels that are packed.
+// A thread that has made products lets go of the matrix registers, which would be saved with it.
+inline void release_matrix_registers() {
+#if defined(__AVX512BF16__)
+  if (has_amx()) _tile_release();
+#endif
+}
+
+// Calls take(r, p, sums) for rows r of x (rows, in), `ld` apart, and panels p < count, `step`
+// apart. Both have zeros from `in` on to padded(in).
+template <class T, class X, class F>
+inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t step,
+                           int64_t in, int64_t count, const F& take) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    if (has_amx()) {
+      return matrix_products(x, ld, rows, panels, step, padded<X>(in), count, take);
+    }
+  }
+#endif
+  for (int64_t p = 0; p < count; ++p, panels += step) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t n = std::min<int64_t>(kTileRows, rows - row);
+      Sums sums[kTileRows];
+      with_row_count(
+          n, [&](auto tile) { panel_sums(x + row * ld, ld, panels, padded<X>(in), sums, tile); },
+          std::make_integer_sequence<int, kTileRows>{});
+      for (int64_t r = 0; r < n; ++r) take(row + r, p, sums[r]);
+    }
+  }
+}
+
+// The same for panels one behind the other.
 template <class T, class X, class F>
 inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t in,
                            int64_t count, const F& take) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<X, BFloat16>) {
-    if (has_amx()) return matrix_products(x, ld, rows, panels, padded<X>(in), count, take);
-  }
-#endif
-  panel_products(x, ld, rows, panels, panel_size<X>(in), kPanel, padded<X>(in), count, take);
+  panel_products(x, ld, rows, panels, panel_size<X>(in), in, count, take);
 }
 
 }  // namespace MTP_SIMD

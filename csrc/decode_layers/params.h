@@ -1,7 +1,8 @@
 // Transformer blocks over new rows of each sequence, against cached keys and values: a decode step
 // from tokens to logits in one call. Everything is float32 but the weights, which stay in the dtype
-// that the model stores them in, and the rows that go into products with the unembedding, or into
-// bfloat16 products where the processor has them.
+// that the model stores them in, and the rows that go into products with the unembedding. Where the
+// processor has products of bfloat16 and the weights are in it, so are all rows that go into
+// products, keys and values.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ struct DecodeBlock {
 struct DecodeParams : DecodeShape {
   const DecodeBlock* blocks;  // the layers, then the drafting heads
   const void* packed;         // the blocks' weights, by decode_pack at the same SIMD level
-  float* cache;               // (batch, n_blocks, decode_cache_size): keys and values
+  void* cache;                // (batch, n_blocks, decode_cache_bytes): keys and values; first zeros
   const float* rope;          // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
   const float* final_scale;   // (dim): weight of the norm behind the last layer and each head
   const void* embedding;      // (vocab, dim)
@@ -57,9 +58,9 @@ struct DecodeParams : DecodeShape {
 template <SimdLevel level>
 int64_t decode_packed_size(const DecodeShape& shape);
 
-// Floats that hold the keys and values of `capacity` positions for one block and one sequence.
+// Bytes that hold the keys and values of `capacity` positions for one block and one sequence.
 template <SimdLevel level>
-int64_t decode_cache_size(const DecodeShape& shape, int64_t capacity);
+int64_t decode_cache_bytes(const DecodeShape& shape, int64_t capacity);
 
 // Packs the weights of `n` blocks, one block after the other.
 template <SimdLevel level>
@@ -82,10 +83,10 @@ inline int64_t decode_packed_size_cpu(const DecodeShape& shape) {
   return size;
 }
 
-inline int64_t decode_cache_size_cpu(const DecodeShape& shape, int64_t capacity) {
-  int64_t size = 0;
-  with_simd_level([&](auto level) { size = decode_cache_size<level.value>(shape, capacity); });
-  return size;
+inline int64_t decode_cache_bytes_cpu(const DecodeShape& shape, int64_t capacity) {
+  int64_t bytes = 0;
+  with_simd_level([&](auto level) { bytes = decode_cache_bytes<level.value>(shape, capacity); });
+  return bytes;
 }
 
 inline void decode_pack_cpu(const DecodeShape& shape, const DecodeWeights* weights, int64_t n,

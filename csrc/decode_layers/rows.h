@@ -31,9 +31,9 @@ inline void store_some(Vec v, X* y, int64_t n) {
   n >= kLanes ? v.store(y) : v.store(y, n);
 }
 
-// x (n) as floats.
-template <class T>
-inline void widen(const T* x, int64_t n, float* y) {
+// x (n) in another type.
+template <class T, class U>
+inline void convert(const T* x, int64_t n, U* y) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) Vec::load(x + i).store(y + i);
   if (i < n) Vec::load(x + i, n - i, Vec(0.0f)).store(y + i, n - i);
@@ -51,8 +51,9 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
   }
 }
 
-// scores (n) become exp(scale * (scores - max)); returns their sum.
-inline float exponentials(float* scores, int64_t n, float scale) {
+// y (n) = exp(scale * (scores - max)); returns their sum, before they are rounded.
+template <class X>
+inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
   const Vec lowest(-std::numeric_limits<float>::infinity());
   Vec max_lanes = lowest, sum(0.0f);
   int64_t i = 0;
@@ -61,12 +62,12 @@ inline float exponentials(float* scores, int64_t n, float scale) {
   const Vec top(max_lanes.hmax()), factor(scale);
   for (i = 0; i + kLanes <= n; i += kLanes) {
     const Vec e = exp((Vec::load(scores + i) - top) * factor);
-    e.store(scores + i);
+    e.store(y + i);
     sum = sum + e;
   }
   if (i < n) {
     const Vec e = exp((Vec::load(scores + i, n - i, lowest) - top) * factor);
-    e.store(scores + i, n - i);
+    e.store(y + i, n - i);
     sum = sum + e;
   }
   return sum.hsum();

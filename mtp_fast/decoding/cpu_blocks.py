@@ -70,10 +70,11 @@ class CPULayers:
             config.head_dim,
         )
         capacity = len(rope)
-        packed_size, cache_size = _C.decode_sizes(*shape, capacity)
+        packed_size, cache_bytes = _C.decode_sizes(*shape, capacity)
         packed = _packed(blocks, shape, packed_size)
-        cache = rope.new_empty(batch, len(blocks), cache_size)
+        cache = torch.empty(batch, len(blocks), cache_bytes, dtype=torch.uint8)
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
+        cache.zero_()
         vectors = [_vectors(block) for block in blocks]
         table = _addresses(vectors)
         final_scale = model.norm.weight.detach().float().contiguous()
