@@ -3,7 +3,7 @@
 Trunk and head 0 run on all new rows, since head 0 judges the drafts. The other heads only draft:
 they store keys and values of the new rows, and answer at one row a sequence.
 
-On a CPU a forward is one call of a kernel (`CPULayers`) and everything between the products is
+On a CPU a forward is one call of a kernel (`CPULayers`) and what lies between the products is
 float32, whatever the weights are stored in; on a GPU it is torch's ops (`TorchLayers`).
 """
 
