@@ -19,7 +19,7 @@ struct DecodeShape {
 
 // One block: x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))). These are
 // a model's weights, contiguous; decode_pack copies them into the order in which they are read
-// (packed.h). mtp_fast/decoding/cpu_blocks.py fills tables of both structs, field by field.
+// (packed.h). mtp_fast/decoding/cpu_layers.py fills tables of both structs, field by field.
 struct DecodeWeights {
   const void* qkv;      // ((n_queries + 2 n_keys) * head_dim, dim)
   const void* out;      // (dim, n_queries * head_dim)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_fast.decoding.cpu_blocks import CPULayers, runs_on_cpu
+from mtp_fast.decoding.cpu_layers import CPULayers, runs_on_cpu
 from mtp_fast.decoding.rows import Rows
-from mtp_fast.decoding.torch_blocks import TorchLayers
+from mtp_fast.decoding.torch_layers import TorchLayers
 from mtp_fast.models import Block, MTPTransformer, Trunk
 from mtp_fast.models.transformer import rope_table
 

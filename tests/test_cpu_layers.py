@@ -1,4 +1,4 @@
-"""A decode step's layers in one call, against the model's own forward, with every instruction set.
+"""A decode step in one call, against the model's own forward, with every instruction set.
 
 The kernel is driven through `IncrementalModel`, which hands it all that it does on a CPU.
 """
@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 
-from mtp_fast.decoding import cpu_blocks
-from mtp_fast.decoding.cpu_blocks import runs_on_cpu
+from mtp_fast.decoding import cpu_layers
+from mtp_fast.decoding.cpu_layers import runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel
 from tiny_models import sharp_model
 
@@ -42,13 +42,13 @@ def model_with_biases(**changes):
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from now on."""
     calls: list[str] = []
-    call = cpu_blocks.call_kernel
+    call = cpu_layers.call_kernel
 
     def recorded(name, *args):
         calls.append(name)
         return call(name, *args)
 
-    monkeypatch.setattr(cpu_blocks, "call_kernel", recorded)
+    monkeypatch.setattr(cpu_layers, "call_kernel", recorded)
     return calls
 
 

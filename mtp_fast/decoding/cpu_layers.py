@@ -1,4 +1,4 @@
-"""Transformer blocks over new rows on a CPU, through one call of a kernel.
+"""A model over new rows on a CPU, from tokens to logits, through one call of a kernel.
 
 A decode step is a few rows through many layers. Done op by op it would spend most of its time
 between the ops; csrc/decode_layers goes from tokens to logits, from a copy of the layers' weights
