@@ -118,3 +118,17 @@ def test_commit_against_plain_python(device, batch, ends):
             assert state.output[b, : len(s.output)].tolist() == s.output
             assert state.drafted[b, : len(s.output)].tolist() == s.drafted
     assert not all(s.live for s in sequences)
+
+
+@pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
+@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (128, 1), (129, 2)])
+def test_a_commit_is_one_launch_without_shared_memory(monkeypatch, batch, blocks):
+    em = emulator.load()
+    monkeypatch.setattr(
+        progress, "call_kernel", lambda name, like, *a: getattr(em.C, f"{name}_cuda")(0, 0, *a)
+    )
+    state = Progress(torch.ones(batch, dtype=torch.int64), torch.full((batch,), 9), 4, None)
+    counters = em.measure()
+    state.commit(random_result(batch, 3))
+    assert counters.launches == 1
+    assert (counters.blocks, counters.threads, counters.shared_bytes) == (blocks, 128, 0)
