@@ -1,5 +1,5 @@
-// The CUDA kernel of the decode loop's bookkeeping: one thread a sequence, no shared memory. All its
-// time is the launch.
+// The CUDA kernel of the decode loop's bookkeeping: one thread a sequence, no shared memory. All
+// its time is the launch.
 //
 // Bytes a sequence with E end tokens that keeps n tokens, a of them accepted: 57 + 8 (1 + E) n read
 // and 58 + 9 n written, each by itself, and a additions to 8 bytes that the sequences share.

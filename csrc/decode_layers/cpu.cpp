@@ -12,39 +12,19 @@
 // made anew by every thread that needs them: that is cheaper than another round.
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "common/rounds.h"
+#include "decode_layers/attention.h"
 #include "decode_layers/packed.h"
 #include "decode_layers/params.h"
 #include "decode_layers/rows.h"
+#include "decode_layers/scratch.h"
 #include "few_row_linear/products.h"
 
 namespace mtp {
 namespace MTP_SIMD {
 namespace {
-
-// Scratch rows that start on a cache line, so that a vector of them never lies in two; zeros behind
-// `width` elements up to the next row (panels.h: padded).
-template <class T>
-class Scratch {
- public:
-  Scratch(int64_t rows, int64_t width)
-      : ld(padded<T>(width)),
-        data_(static_cast<T*>(::operator new(sizeof(T) * rows * ld, std::align_val_t{64}))) {
-    for (int64_t r = 0; r < rows; ++r) std::fill(data_ + r * ld + width, data_ + (r + 1) * ld, T{});
-  }
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-
-  T* row(int64_t r) const { return data_ + r * ld; }
-
-  const int64_t ld;  // elements from row to row
-
- private:
-  T* const data_;
-};
 
 // T, X: see panels.h.
 template <class T, class X>
@@ -54,25 +34,15 @@ class Step {
   Step(const DecodeParams& params, int threads, int64_t abreast)
       : p_(params),
         packed_(params),
-        cache_(params, params.capacity),
         threads_(threads),
         abreast_(abreast),
         rows_(params.batch * params.rows),
-        width_(params.n_queries * params.head_dim),
         head_width_(packed_.head_panels * kPanel),
-        reach_(
-            panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
-            kPanel),
-        queries_(abreast * rows_ * params.n_queries, params.head_dim),
-        attended_(abreast * rows_, width_),
+        attention_(params, threads, abreast),
         hidden_(abreast * rows_, params.ffn_dim),
         normalized_(threads * rows_, params.dim),
         normalized_of_(threads),
-        head_(threads * rows_, head_width_),
-        converted_(threads, params.head_dim),
-        scores_(threads * params.rows, reach_),
-        weights_(threads * params.rows, reach_),
-        factors_(threads, params.rows) {}
+        head_(threads * rows_, head_width_) {}
 
   // x (abreast, rows, dim), in place.
   void run(Worker& worker, const DecodeBlock* blocks, float* x) {
@@ -151,68 +121,22 @@ class Step {
                        });
         const int64_t h = packed_.head_at(p_, place);
         for (int64_t r = 0; r < rows_; ++r) {
-          finish_head(worker, blocks[b], b, h, r, y + r * head_width_);
+          attention_.take(worker.index(), blocks[b], b, h, r, y + r * head_width_);
         }
       }
     });
   }
 
-  // Bias, norm and rotation of attention head h of a row; then to its place.
-  void finish_head(const Worker& worker, const DecodeBlock& block, int64_t b, int64_t h,
-                   int64_t row, float* x) {
-    const int64_t size = p_.head_dim, half = size / 2;
-    const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
-    if (block.qkv_bias != nullptr) {
-      for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
-    }
-    const int64_t sequence = row / p_.rows, position = p_.start[sequence] + row % p_.rows;
-    X* converted = converted_.row(worker.index());
-    if (value >= 0) {
-      convert(x, size, converted);
-      X* values = cached(block, sequence, value) + cache_.values;
-      for (int64_t i = 0; i < size; i += kPanel) {
-        X* y = values + place_in_panels<X>(i, position, cache_.value_step);
-        const int64_t n = std::min(kPanel, size - i);
-        for (int64_t o = 0; o < n; ++o) y[o * kDepth<X>] = converted[i + o];
-      }
-      return;
-    }
-    const float* scale = key < 0 ? block.query_scale : block.key_scale;
-    if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
-    const float* cosine = p_.rope + position * 2 * size;
-    const float* sine = cosine + size;
-    for (int64_t i = 0; i < half; ++i) {
-      const float low = x[i], high = x[half + i];
-      x[i] = low * cosine[i] + high * sine[i];
-      x[half + i] = high * cosine[half + i] + low * sine[half + i];
-    }
-    if (key < 0) {
-      convert(x, size, queries_.row((b * rows_ + row) * p_.n_queries + h));
-      return;
-    }
-    convert(x, size, converted);
-    X* y = cached(block, sequence, key) + place_in_panels<X>(position, 0, cache_.key_step);
-    constexpr int64_t kPair = kDepth<X>;
-    for (int64_t i = 0; i < size; i += kPair, y += kPanel * kPair) {
-      for (int64_t j = 0; j < kPair && i + j < size; ++j) y[j] = converted[i + j];
-    }
-  }
-
-  // A sequence's keys and values of one attention head.
-  X* cached(const DecodeBlock& block, int64_t sequence, int64_t h) const {
-    return static_cast<X*>(p_.cache) +
-           (sequence * p_.n_blocks + (&block - p_.blocks)) * cache_.size + h * cache_.head;
-  }
-
   void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
     const int64_t dim = p_.dim, ffn = p_.ffn_dim, size = panel_size<X>(dim);
-    for_pieces(worker, p_.batch * p_.n_queries, 2 * p_.rows * reach_ * p_.head_dim,
+    for_pieces(worker, p_.batch * p_.n_queries, attention_.products_of_a_head(),
                [&](int64_t b, int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
-                   attend(worker, blocks[b], b, i / p_.n_queries, i % p_.n_queries);
+                   attention_.attend(worker.index(), blocks[b], b, i / p_.n_queries,
+                                     i % p_.n_queries);
                  }
                });
-    add_products(worker, attended_, width_, blocks, packed_.out, x);
+    add_products(worker, attention_.attended(), p_.n_queries * p_.head_dim, blocks, packed_.out, x);
     for_pieces(worker, packed_.ffn_panels, size, [&](int64_t b, int64_t begin, int64_t end) {
       const X* in = normalized(worker, x + b * rows_ * dim, blocks[b].ffn_scale, b);
       panel_products(in, normalized_.ld, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
@@ -222,65 +146,6 @@ class Step {
                      });
     });
     add_products(worker, hidden_, ffn, blocks, packed_.down, x);
-  }
-
-  // Attention head h of all of a sequence's new rows. Row r sees `shared` + r positions.
-  void attend(const Worker& worker, const DecodeBlock& block, int64_t b, int64_t sequence,
-              int64_t h) {
-    const int64_t size = p_.head_dim, row = (b * p_.batch + sequence) * p_.rows;
-    const X* keys = cached(block, sequence, h / packed_.group_queries);
-    const X* values = keys + cache_.values;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    const int64_t shared = p_.start[sequence] + 1, seen = p_.start[sequence] + p_.rows;
-    float* scores = scores_.row(worker.index() * p_.rows);
-    X* weights = weights_.row(worker.index() * p_.rows);
-    float* factors = factors_.row(worker.index());
-    panel_products(queries_.row(row * p_.n_queries + h), p_.n_queries * queries_.ld, p_.rows, keys,
-                   cache_.key_step, size, panels_of(seen), [&](int64_t r, int64_t p, Sums sums) {
-                     sums.first.store(scores + r * reach_ + p * kPanel);
-                     sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
-                   });
-    for (int64_t r = 0; r < p_.rows; ++r) {
-      X* own = weights + r * reach_;
-      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale, own);
-      std::fill(own + shared + r, own + padded<X>(seen), X{});
-    }
-    const auto sum_up = [&](const X* from, int64_t first, int64_t last) {  // of rows [first, last)
-      panel_products(weights, reach_, p_.rows, from, cache_.value_step, seen, panels_of(size),
-                     [&](int64_t r, int64_t p, Sums sums) {
-                       if (r < first || r >= last) return;
-                       X* y = attended_.row(row + r) + h * size + p * kPanel;
-                       const Vec factor(factors[r]);
-                       const int64_t n = size - p * kPanel;
-                       store_some(sums.first * factor, y, n);
-                       if (n > kLanes) store_some(sums.second * factor, y + kLanes, n - kLanes);
-                     });
-    };
-    if (are_finite(values, shared, padded<X>(seen))) return sum_up(values, 0, p_.rows);
-    // The weight of what a row does not see is 0, but 0 * NaN is NaN.
-    std::vector<X> visible(panels_of(size) * cache_.value_step);
-    for (int64_t r = 0; r < p_.rows; ++r) {
-      for (int64_t i = 0; i < size; ++i) {
-        for (int64_t t = 0; t < shared + r; ++t) {
-          const int64_t place = place_in_panels<X>(i, t, cache_.value_step);
-          visible[place] = values[place];
-        }
-      }
-      sum_up(visible.data(), r, r + 1);
-    }
-  }
-
-  // Of a head's values at positions [begin, end), and maybe at the one before.
-  bool are_finite(const X* values, int64_t begin, int64_t end) const {
-    constexpr int64_t kStep = kPanel * kDepth<X>;
-    Vec zeros(0.0f);  // and NaN where a value is not finite
-    for (int64_t p = 0; p < panels_of(p_.head_dim); ++p, values += cache_.value_step) {
-      const X* last = values + (end + kDepth<X> - 1) / kDepth<X> * kStep;
-      for (const X* x = values + begin / kDepth<X> * kStep; x < last; x += kLanes) {
-        zeros = fma(Vec::load(x), Vec(0.0f), zeros);
-      }
-    }
-    return zeros.hsum() == 0.0f;
   }
 
   // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
@@ -307,20 +172,13 @@ class Step {
 
   const DecodeParams& p_;
   const PackedBlock<X> packed_;
-  const CacheLayout<X> cache_;
   const int threads_;
-  const int64_t abreast_, rows_, width_, head_width_;
-  const int64_t reach_;                 // positions that any row sees, at most, in whole panels
-  const Scratch<X> queries_;            // (abreast, rows, n_queries) rows of head_dim
-  const Scratch<X> attended_;           // (abreast, rows) of n_queries * head_dim
+  const int64_t abreast_, rows_, head_width_;
+  Attention<X> attention_;
   const Scratch<X> hidden_;             // (abreast, rows) of ffn_dim
   const Scratch<X> normalized_;         // (threads, rows) of dim
   std::vector<int64_t> normalized_of_;  // (threads): which round and block that is
   const Scratch<float> head_;           // (threads, rows) of head_width
-  const Scratch<X> converted_;          // (threads) of head_dim
-  const Scratch<float> scores_;         // (threads, rows of a sequence) of reach
-  const Scratch<X> weights_;            // likewise
-  const Scratch<float> factors_;        // (threads) of rows of a sequence
 };
 
 // Calls f(r) for rows r < n: one round.

@@ -1,0 +1,156 @@
+// Attention of a block's new rows: from the products with qkv to the rows that go into `out`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "decode_layers/packed.h"
+#include "decode_layers/params.h"
+#include "decode_layers/rows.h"
+#include "decode_layers/scratch.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+// Of `abreast` blocks at a time, by threads that are numbered. X: see panels.h.
+template <class X>
+class Attention {
+ public:
+  Attention(const DecodeParams& params, int threads, int64_t abreast)
+      : p_(params),
+        cache_(params, params.capacity),
+        rows_(params.batch * params.rows),
+        reach_(
+            panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
+            kPanel),
+        queries_(abreast * rows_ * params.n_queries, params.head_dim),
+        attended_(abreast * rows_, params.n_queries * params.head_dim),
+        converted_(threads, params.head_dim),
+        scores_(threads * params.rows, reach_),
+        weights_(threads * params.rows, reach_),
+        factors_(threads, params.rows) {}
+
+  const Scratch<X>& attended() const { return attended_; }  // (abreast, rows)
+  int64_t products_of_a_head() const { return 2 * p_.rows * reach_ * p_.head_dim; }
+
+  // Bias, norm and rotation of attention head h of a row; then to its place.
+  void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t row, float* x) {
+    const int64_t size = p_.head_dim, half = size / 2;
+    const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
+    if (block.qkv_bias != nullptr) {
+      for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
+    }
+    const int64_t sequence = row / p_.rows, position = p_.start[sequence] + row % p_.rows;
+    X* converted = converted_.row(worker);
+    if (value >= 0) {
+      convert(x, size, converted);
+      X* values = cached(block, sequence, value) + cache_.values;
+      for (int64_t i = 0; i < size; i += kPanel) {
+        X* y = values + place_in_panels<X>(i, position, cache_.value_step);
+        const int64_t n = std::min(kPanel, size - i);
+        for (int64_t o = 0; o < n; ++o) y[o * kDepth<X>] = converted[i + o];
+      }
+      return;
+    }
+    const float* scale = key < 0 ? block.query_scale : block.key_scale;
+    if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
+    const float* cosine = p_.rope + position * 2 * size;
+    const float* sine = cosine + size;
+    for (int64_t i = 0; i < half; ++i) {
+      const float low = x[i], high = x[half + i];
+      x[i] = low * cosine[i] + high * sine[i];
+      x[half + i] = high * cosine[half + i] + low * sine[half + i];
+    }
+    if (key < 0) {
+      convert(x, size, queries_.row((b * rows_ + row) * p_.n_queries + h));
+      return;
+    }
+    convert(x, size, converted);
+    X* y = cached(block, sequence, key) + place_in_panels<X>(position, 0, cache_.key_step);
+    constexpr int64_t kPair = kDepth<X>;
+    for (int64_t i = 0; i < size; i += kPair, y += kPanel * kPair) {
+      for (int64_t j = 0; j < kPair && i + j < size; ++j) y[j] = converted[i + j];
+    }
+  }
+
+  // Attention head h of all of a sequence's new rows. Row r sees `shared` + r positions.
+  void attend(int worker, const DecodeBlock& block, int64_t b, int64_t sequence, int64_t h) {
+    const int64_t size = p_.head_dim, row = (b * p_.batch + sequence) * p_.rows;
+    const X* keys = cached(block, sequence, h / (p_.n_queries / p_.n_keys));
+    const X* values = keys + cache_.values;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    const int64_t shared = p_.start[sequence] + 1, seen = p_.start[sequence] + p_.rows;
+    float* scores = scores_.row(worker * p_.rows);
+    X* weights = weights_.row(worker * p_.rows);
+    float* factors = factors_.row(worker);
+    panel_products(queries_.row(row * p_.n_queries + h), p_.n_queries * queries_.ld, p_.rows, keys,
+                   cache_.key_step, size, panels_of(seen), [&](int64_t r, int64_t p, Sums sums) {
+                     sums.first.store(scores + r * reach_ + p * kPanel);
+                     sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
+                   });
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      X* own = weights + r * reach_;
+      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale, own);
+      std::fill(own + shared + r, own + padded<X>(seen), X{});
+    }
+    const auto sum_up = [&](const X* from, int64_t first, int64_t last) {  // of rows [first, last)
+      panel_products(weights, reach_, p_.rows, from, cache_.value_step, seen, panels_of(size),
+                     [&](int64_t r, int64_t p, Sums sums) {
+                       if (r < first || r >= last) return;
+                       X* y = attended_.row(row + r) + h * size + p * kPanel;
+                       const Vec factor(factors[r]);
+                       const int64_t n = size - p * kPanel;
+                       store_some(sums.first * factor, y, n);
+                       if (n > kLanes) store_some(sums.second * factor, y + kLanes, n - kLanes);
+                     });
+    };
+    if (are_finite(values, shared, padded<X>(seen))) return sum_up(values, 0, p_.rows);
+    // The weight of what a row does not see is 0, but 0 * NaN is NaN.
+    std::vector<X> visible(panels_of(size) * cache_.value_step);
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      for (int64_t i = 0; i < size; ++i) {
+        for (int64_t t = 0; t < shared + r; ++t) {
+          const int64_t place = place_in_panels<X>(i, t, cache_.value_step);
+          visible[place] = values[place];
+        }
+      }
+      sum_up(visible.data(), r, r + 1);
+    }
+  }
+
+ private:
+  // A sequence's keys and values of one attention head.
+  X* cached(const DecodeBlock& block, int64_t sequence, int64_t h) const {
+    return static_cast<X*>(p_.cache) +
+           (sequence * p_.n_blocks + (&block - p_.blocks)) * cache_.size + h * cache_.head;
+  }
+
+  // Of a head's values at positions [begin, end), and maybe at the one before.
+  bool are_finite(const X* values, int64_t begin, int64_t end) const {
+    constexpr int64_t kStep = kPanel * kDepth<X>;
+    Vec zeros(0.0f);  // and NaN where a value is not finite
+    for (int64_t p = 0; p < panels_of(p_.head_dim); ++p, values += cache_.value_step) {
+      const X* last = values + (end + kDepth<X> - 1) / kDepth<X> * kStep;
+      for (const X* x = values + begin / kDepth<X> * kStep; x < last; x += kLanes) {
+        zeros = fma(Vec::load(x), Vec(0.0f), zeros);
+      }
+    }
+    return zeros.hsum() == 0.0f;
+  }
+
+  const DecodeParams& p_;
+  const CacheLayout<X> cache_;
+  const int64_t rows_;
+  const int64_t reach_;           // positions that any row sees, at most, in whole panels
+  const Scratch<X> queries_;      // (abreast, rows, n_queries) rows of head_dim
+  const Scratch<X> attended_;     // (abreast, rows) of n_queries * head_dim
+  const Scratch<X> converted_;    // (threads) of head_dim
+  const Scratch<float> scores_;   // (threads, rows of a sequence) of reach
+  const Scratch<X> weights_;      // likewise
+  const Scratch<float> factors_;  // (threads) of rows of a sequence
+};
+
+}  // namespace MTP_SIMD
+}  // namespace mtp

@@ -1,0 +1,35 @@
+// What the decode kernel keeps while it runs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+#include "decode_layers/panels.h"
+
+namespace mtp {
+namespace MTP_SIMD {
+
+// Scratch rows that start on a cache line, so that a vector of them never lies in two; zeros behind
+// `width` elements up to the next row (panels.h: padded).
+template <class T>
+class Scratch {
+ public:
+  Scratch(int64_t rows, int64_t width)
+      : ld(padded<T>(width)),
+        data_(static_cast<T*>(::operator new(sizeof(T) * rows * ld, std::align_val_t{64}))) {
+    for (int64_t r = 0; r < rows; ++r) std::fill(data_ + r * ld + width, data_ + (r + 1) * ld, T{});
+  }
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+
+  T* row(int64_t r) const { return data_ + r * ld; }
+
+  const int64_t ld;  // elements from row to row
+
+ private:
+  T* const data_;
+};
+
+}  // namespace MTP_SIMD
+}  // namespace mtp
