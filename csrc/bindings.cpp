@@ -20,6 +20,7 @@
 #include "cross_entropy/params.h"
 #include "decode_layers/params.h"
 #include "few_row_linear/params.h"
+#include "gemm/params.h"
 
 #if MTP_WITH_CUDA
 #include "cuda/device.h"
@@ -125,6 +126,21 @@ FewRowLinearParams few_row_linear_params(int dtype, uintptr_t x, uintptr_t weigh
           weight_ld,
           static_cast<DType>(dtype)};
 }
+
+#if MTP_WITH_AMX
+GemmParams gemm_params(int dtype, int64_t m, int64_t n, int64_t k, uintptr_t a, int64_t a_ld,
+                       bool a_transposed, uintptr_t b, int64_t b_ld, bool b_transposed, uintptr_t c,
+                       bool accumulate) {
+  return {{pointer<const void>(a), a_ld, a_transposed},
+          {pointer<const void>(b), b_ld, b_transposed},
+          pointer<float>(c),
+          m,
+          n,
+          k,
+          accumulate,
+          static_cast<DType>(dtype)};
+}
+#endif
 
 DecodeShape decode_shape(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries, int64_t n_keys,
                          int64_t head_dim) {
@@ -336,6 +352,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", cpu_entry(cross_entropy_cpu, cross_entropy_params), without_gil());
   m.def("scaled_add", &mtp::scaled_add, without_gil());
   m.def("few_row_linear", cpu_entry(few_row_linear_cpu, few_row_linear_params), without_gil());
+#if MTP_WITH_AMX
+  m.def("gemm_amx", cpu_entry(gemm_amx, gemm_params), without_gil());
+#endif
   m.def("decode_sizes", &decode_sizes);
   m.def("decode_pack", &pack, without_gil());
   m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
@@ -357,5 +376,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("commit_cuda", cuda_entry(commit_cuda, commit_params), without_gil());
 #endif
   m.def("build_info", &build_info);
+  m.def("has_amx", &has_amx);
   m.def("set_simd_level", [](int level) { set_simd_level(static_cast<SimdLevel>(level)); });
 }

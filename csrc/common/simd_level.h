@@ -1,7 +1,7 @@
 // Which instruction set the CPU kernels use. Every cpu.cpp is compiled once per level, each time
 // with MTP_SIMD defined as the level's name, and the level is chosen when the process runs: the
 // best that the processor has, or a lower one on request (environment variable MTP_FAST_SIMD,
-// tests). AMX is avx512_bf16 and has no code of its own: the one kernel that has a use for it asks.
+// tests). AMX is avx512_bf16, and kernels that have a use for it ask.
 #pragma once
 
 #include <type_traits>

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mtp_fast import _C
 from mtp_fast.ops import _common
-from mtp_fast.ops._common import DTYPE_CODES
 from mtp_fast.ops._loss_arguments import RowTerms
 from mtp_fast.ops.cross_entropy import (
     allocate_rows,
@@ -23,10 +22,8 @@ from mtp_fast.ops.cross_entropy import (
     run_rows,
     sum_of_class_weights,
 )
+from mtp_fast.ops.gemm import gemm, scaled_add
 
-# 16-bit products of d(weight) are made for as many classes at a time as fit: they are still in the
-# cache when they are added to the float32 sum.
-PRODUCT_BYTES = 8 << 20
 # Products take longer over other numbers of rows: oneDNN's of bfloat16 for d(hidden) 6 % over 2043
 # than over 2048, MKL's three of float32 4 % in chunks of 1365 than of 1024 or 2048.
 ROWS_MULTIPLE = 64
@@ -230,10 +227,6 @@ class _Gradients:
         self.bias = a.weight.new_zeros((vocab,) if of_bias else (0,), dtype=torch.float32)
         # The first product overwrites `linear`; it is zeroed only if none comes.
         self.started = False
-        self.product = self.linear[:0]
-        if of_weight and a.compute_dtype != torch.float32 and not a.weight.is_cuda:
-            classes = min(max(PRODUCT_BYTES // (max(dim, 1) * self.weight.itemsize), 1), vocab)
-            self.product = new_buffer(a.weight, (classes, dim), a.compute_dtype)
 
     def add(self, chunk: list[_Piece], x: Tensor, d_logits: Tensor) -> None:
         """Take in the gradient (r, V) of the logits of a chunk with inputs x (r, d)."""
@@ -241,26 +234,16 @@ class _Gradients:
         if of_hidden:
             first = chunk[0]
             if len(chunk) == 1 and isinstance(first.rows, slice):
-                torch.mm(d_logits, self.weight, out=self.hidden[first.head, first.rows])
+                gemm(d_logits, self.weight, self.hidden[first.head, first.rows])
             else:
-                _scatter(chunk, torch.mm(d_logits, self.weight), self.hidden)
+                d_x = torch.empty_like(x)
+                gemm(d_logits, self.weight, d_x)
+                _scatter(chunk, d_x, self.hidden)
         if of_weight:
-            self._add_linear(x, d_logits)
+            gemm(d_logits.t(), x, self.linear, accumulate=self.started)
+            self.started = True
         if of_bias:
             self.bias += d_logits.sum(0, dtype=torch.float32)
-
-    def _add_linear(self, x: Tensor, d_logits: Tensor) -> None:
-        if d_logits.dtype == torch.float32:
-            self.linear.addmm_(d_logits.t(), x, beta=1.0 if self.started else 0.0)
-        elif d_logits.is_cuda:
-            add_to_float32(self.linear, d_logits.t(), x, accumulate=self.started)
-        else:
-            for start in range(0, len(self.linear), len(self.product)):
-                sums = self.linear[start : start + len(self.product)]
-                classes = d_logits[:, start : start + len(sums)]
-                product = torch.mm(classes.t(), x, out=self.product[: len(sums)])
-                scaled_add(product, sums, 1.0, accumulate=self.started)
-        self.started = True
 
     def finish(self, a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         if not self.started:
@@ -296,10 +279,7 @@ def sweep(
             # Ignored rows are among these; their gradient is 0, but 0 * NaN is NaN.
             x = x.masked_fill((target == a.ignore_index)[:, None], 0.0)
         logits = buffer[: len(x)]
-        if bias is None:
-            torch.mm(x, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x, weight.t(), out=logits)
+        gemm(x, weight.t(), logits, bias=bias)
         row_weights = [piece.row_weight for piece in chunk if piece.row_weight is not None]
         results = allocate_rows(logits)
         run_rows(
@@ -319,28 +299,6 @@ def sweep(
                 _scatter(chunk, values, out)
         gradients.add(chunk, x, logits)
     return gradients.finish(a)
-
-
-def add_to_float32(sums: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """sums = a @ b, or sums + a @ b, of 16-bit CUDA matrices: one GEMM with float32 results."""
-    if accumulate:
-        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=sums)
-
-
-def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
-    """y = x * alpha, or y + x * alpha; contiguous, any two dtypes."""
-    _C.scaled_add(
-        torch.get_num_threads(),
-        DTYPE_CODES[x.dtype],
-        x.data_ptr(),
-        DTYPE_CODES[y.dtype],
-        y.data_ptr(),
-        x.numel(),
-        alpha,
-        accumulate,
-    )
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,164 @@
+"""The products of the chunked losses against float64, with torch's and with the kernel for AMX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtp_fast
+from helpers import assert_as_good_as_eager
+from mtp_fast import _C
+from mtp_fast.ops import gemm as module
+from mtp_fast.ops import reference
+from mtp_fast.ops.gemm import gemm
+
+LEVELS = mtp_fast.build_info()["simd_levels"]
+needs_amx = pytest.mark.skipif("amx" not in LEVELS, reason="the processor has no AMX")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(params=["torch", pytest.param("amx", marks=needs_amx)])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make products of any size in torch, then with AMX."""
+    monkeypatch.setattr(module, "SMALLEST_ON_AMX", 1)
+    _C.set_simd_level(LEVELS.index("amx") if request.param == "amx" else 0)
+    yield
+    _C.set_simd_level(len(LEVELS) - 1)
+
+
+def stored(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """A random matrix; what lies between its elements must not be used."""
+    x = torch.randn(rows, columns).to(dtype)
+    other = torch.nan if _C.has_amx() else 1e6  # oneDNN reads beyond a row, times 0
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    if layout == "rows apart":
+        return torch.cat([x, torch.full((rows, 3), other, dtype=dtype)], 1)[:, :columns]
+    if layout == "neither contiguous":
+        return torch.stack([x, torch.full_like(x, other)], 2)[:, :, 0]
+    return x
+
+
+LAYOUTS = ("contiguous", "transposed", "rows apart", "neither contiguous")
+# Below, at and above a tile, a panel, a block of columns, a piece of inputs; several of each.
+SHAPES = [
+    (1, 1, 1),
+    (15, 17, 31),
+    (16, 16, 32),
+    (33, 65, 33),
+    (40, 577, 70),
+    (70, 40, 342),
+    (65, 1200, 1025),
+    (2100, 33, 2100),
+    (300, 700, 700),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(products: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    m, n, k = shape
+    for i, (of_a, of_b) in enumerate((a, b) for a in LAYOUTS for b in LAYOUTS):
+        if i and max(shape) > 1024 and of_a != of_b:
+            continue
+        a, b = stored(m, k, dtype, of_a), stored(k, n, dtype, of_b)
+        exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+        allowed = 2e-6 * size + 1e-6
+        if dtype == torch.bfloat16 and not _C.has_amx():
+            allowed += 2**-8 * exact.abs()  # torch's product is rounded
+        held = torch.randn(m + 2, n)
+        for accumulate in (False, True):
+            whole = held.clone()
+            gemm(a, b, whole[1:-1], accumulate=accumulate)
+            expected = exact + held[1:-1] if accumulate else exact
+            assert ((whole[1:-1] - expected).abs() <= allowed).all(), (of_a, of_b)
+            assert torch.equal(whole[[0, -1]], held[[0, -1]])
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(256, 300, 8), (64, 2048, 576), (64, 300, 8192)], ids=str
+)
+@pytest.mark.parametrize("values", ["normal", "positive", "of all sizes"])
+def test_no_less_exact_than_torch(products: None, m: int, n: int, k: int, values: str) -> None:
+    """A product that is left out, or small ones that a large sum swallows, cost digits."""
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    if values == "positive":
+        a, b = a.abs(), b.abs()
+    if values == "of all sizes":
+        a, b = a * (8 * torch.randn(m, k)).exp(), b * (8 * torch.randn(k, n)).exp()
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    out = torch.empty(m, n)
+    gemm(a, b, out)
+
+    def error(x: Tensor) -> float:
+        return float(((x - exact) / size).square().mean().sqrt())
+
+    assert error(out) <= max(1.25 * error(a @ b), 2**-24)
+
+
+@DTYPES
+def test_the_same_bits_with_any_number_of_threads(products: None, dtype: torch.dtype) -> None:
+    a, b, out = stored(700, 2000, dtype, "transposed"), stored(2000, 600, dtype, "contiguous"), []
+    threads = torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        out.append(torch.empty(700, 600))
+        gemm(a, b, out[-1])
+    torch.set_num_threads(threads)
+    if _C.has_amx():
+        assert torch.equal(out[0], out[1])
+        assert torch.equal(out[0], out[2])
+    torch.testing.assert_close(out[0], out[2])
+
+
+def test_numbers_that_are_not_finite_do_not_get_lost(products: None) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        a, b, out = torch.randn(40, 50), torch.randn(50, 60), torch.empty(40, 60)
+        a[3, 7] = b[5, 9] = bad
+        gemm(a, b, out)
+        finite = out.isfinite()
+        assert not finite[3].any()
+        assert not finite[:, 9].any()
+        assert finite.sum() == 39 * 59
+
+
+@pytest.mark.parametrize(
+    ("value", "other"), [(torch.finfo(torch.float32).max, 1e-30), (1e-30, 1e30)]
+)
+def test_numbers_at_the_ends_of_the_range(products: None, value: float, other: float) -> None:
+    a, b, out = torch.full((40, 50), value), torch.rand(50, 60) * other, torch.empty(40, 60)
+    gemm(a, b, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bias(products: None, dtype: torch.dtype) -> None:
+    a, b, bias = torch.randn(40, 50).to(dtype), torch.randn(50, 60).to(dtype), torch.randn(60)
+    out = torch.full((40, 60), torch.nan, dtype=dtype)
+    gemm(a, b, out, bias=bias.to(dtype))
+    expected = a.double() @ b.double() + bias.to(dtype).double()
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+    assert not out.isnan().any()
+
+
+@DTYPES
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"label_smoothing": 0.1}], ids=str)
+def test_losses_are_made_of_them(
+    products: None, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    x, weight = torch.randn(200, 48).to(dtype), (torch.randn(333, 48) * 0.2).to(dtype)
+    bias = torch.randn(333).to(dtype)
+    target = torch.randint(0, 333, (200,))
+    target[::3] = -100
+    assert_as_good_as_eager(
+        lambda x, w, b: mtp_fast.linear_cross_entropy(
+            x, w, target, linear_bias=b, chunk_bytes=70 * 333 * 4, **options
+        ),
+        lambda x, w, b: reference.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        [x, weight, bias],
+    )
