@@ -80,6 +80,32 @@ def test_against_float64(products: None, shape: tuple[int, int, int], dtype: tor
 
 
 @needs_amx
+@DTYPES
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (500, 3100, 2000),  # of float32, 36 MB of B
+        (3100, 500, 2000),  # 36 MB of A, one block of columns
+        (2100, 1200, 3000),  # 36 MB of A, whose piece goes through three
+        (2100, 4300, 3000),  # the same for more columns than sums are kept of
+    ],
+    ids=str,
+)
+def test_operands_that_are_not_packed_at_once(
+    layout: str, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    a, b = stored(m, k, dtype, layout), stored(k, n, dtype, layout)
+    out = torch.empty(m, n)
+    gemm(a, b, out)
+    rows = torch.randint(0, m, (300,))
+    torch.testing.assert_close(
+        out[rows].double(), a[rows].double() @ b.double(), rtol=1e-5, atol=1e-4
+    )
+    assert out.isfinite().all()
+
+
+@needs_amx
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(256, 300, 8), (64, 2048, 576), (64, 300, 8192)], ids=str
 )

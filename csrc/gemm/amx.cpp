@@ -5,8 +5,9 @@
 //
 // C is made in blocks. Of a block, and of a piece of the inputs after the other, the threads
 // together pack the columns of B into panels of 32 columns, which stay in a core's second-level
-// cache; then each takes rows of A, 32 at a time, through all the panels. An element of C is summed
-// in the same order whatever the number of threads.
+// cache; then each takes rows of A, 32 at a time, through all the panels. A piece is taken through
+// several blocks beside each other where their sums take little memory, so that A is packed once.
+// An element of C is summed in the same order whatever the number of threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -24,7 +25,7 @@ constexpr int64_t kSums = kPanel * kPanel;  // of a panel of A and one of B, in 
 constexpr int64_t kDepth = 1024;            // inputs of a piece, of bfloat16
 constexpr int64_t kColumns = 576;           // of a block
 constexpr int64_t kRows = 1024;             // of a block, for each thread
-constexpr int64_t kMostPacked = 16 << 20;   // bytes; an operand that takes less is packed once
+constexpr int64_t kMostKept = 32 << 20;     // bytes of an operand that is packed once, or of sums
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t panels(int64_t n) { return blocks(n, kPanel) * kPanel; }
@@ -142,12 +143,13 @@ class Gemm {
         columns_(piece(p.n, kColumns)),
         rows_(std::min(kRows * threads, panels(p.m))),
         panel_(depth_ / kPanel * kStep<T>),
-        sums_width_(depth_ < p.k ? panels(p.n) : columns_),
         a_packed_(packed_once(a_)),
         b_packed_(packed_once(b_)),
-        a_panels_(buffer<BFloat16>(panel_ * (a_packed_                ? panels_of(a_)
-                                             : one_block_of_columns() ? threads
-                                                                      : rows_ / kPanel))),
+        across_(!a_packed_ && columns_ < p.n && rows_ * panels(p.n) * kFloat <= kMostKept),
+        sums_width_(across_ ? panels(p.n) : columns_),
+        a_panels_(buffer<BFloat16>(panel_ * (a_packed_ ? panels_of(a_)
+                                             : across_ ? rows_ / kPanel
+                                                       : threads))),
         b_panels_(buffer<BFloat16>(panel_ * (b_packed_ ? panels_of(b_) : columns_ / kPanel))),
         sums_(buffer<float>((depth_ < p.k ? rows_ : threads * kPanel) * sums_width_)) {}
 
@@ -156,9 +158,14 @@ class Gemm {
     if (a_packed_) pack_once(worker, a_, a_panels_.get());
     if (b_packed_) pack_once(worker, b_, b_panels_.get());
     for (int64_t row = 0; row < p_.m; row += rows_) {
-      for (int64_t k = 0; k < p_.k; k += depth_) {
-        if (!a_packed_ && !one_block_of_columns()) pack_rows(worker, row, k);
-        for (int64_t column = 0; column < p_.n; column += columns_) block(worker, row, column, k);
+      for (int64_t from = 0; from < p_.n; from += sums_width_) {
+        for (int64_t k = 0; k < p_.k; k += depth_) {
+          if (across_) pack_rows(worker, row, k);
+          const int64_t end = std::min(from + sums_width_, p_.n);
+          for (int64_t column = from; column < end; column += columns_) {
+            block(worker, row, column, k);
+          }
+        }
       }
     }
     _mm_sfence();  // after what went past the caches
@@ -166,7 +173,8 @@ class Gemm {
   }
 
  private:
-  bool one_block_of_columns() const { return columns_ >= p_.n; }
+  static constexpr int64_t kFloat = sizeof(float);
+
   // Inputs of the piece that begins at k, panels of the block that begins at a row or a column.
   int64_t inputs(int64_t k) const { return std::min(depth_, panels(p_.k - k)); }
   int64_t row_panels(int64_t row) const { return blocks(std::min(rows_, p_.m - row), kPanel); }
@@ -180,7 +188,7 @@ class Gemm {
   }
   template <class X>
   bool packed_once(const X& x) const {
-    return panels_of(x) * panel_ * int64_t{sizeof(BFloat16)} <= kMostPacked;
+    return panels_of(x) * panel_ * int64_t{sizeof(BFloat16)} <= kMostKept;
   }
   template <class X>
   void pack_once(Worker& worker, const X& x, BFloat16* to) const {
@@ -199,6 +207,16 @@ class Gemm {
     worker.round(row_panels(row), 1, [&](int64_t i, int64_t) {
       a_.pack_panel(row + i * kPanel, k, inputs(k), a_panels_.get() + i * panel_);
     });
+  }
+
+  // Of A's rows from `row` on, panel i of the block's.
+  const BFloat16* row_panel(const Worker& worker, int64_t row, int64_t i, int64_t k) const {
+    BFloat16* panels = a_panels_.get();
+    if (a_packed_) return packed_panel(panels, a_, row, k);
+    if (across_) return panels + i * panel_;
+    BFloat16* own = panels + worker.index() * panel_;
+    a_.pack_panel(row, k, inputs(k), own);
+    return own;
   }
 
   // In the order in which B is stored.
@@ -227,21 +245,9 @@ class Gemm {
     const int64_t n = column_panels(column);
     worker.round(row_panels(row), 1, [&](int64_t i, int64_t) {
       const int64_t first = row + i * kPanel;
-      BFloat16* a = a_panels_.get();
-      if (a_packed_) {
-        a += packed_panel(a, a_, first, k) - a;
-      } else if (!one_block_of_columns()) {
-        a += i * panel_;
-      } else {
-        a += worker.index() * panel_;
-        a_.pack_panel(first, k, inputs(k), a);
-      }
-      float* sums = sums_.get();
-      if (depth_ < p_.k) {
-        sums += (i * sums_width_ + column) * kPanel;
-      } else {
-        sums += worker.index() * sums_width_ * kPanel;
-      }
+      const BFloat16* a = row_panel(worker, first, i, k);
+      float* sums = sums_.get() + (depth_ < p_.k ? i : worker.index()) * kPanel * sums_width_ +
+                    column % sums_width_ * kPanel;
       for (int64_t j = 0; j < n; ++j) {
         multiply_panels<T>(a, b + j * panel_, inputs(k), k > 0, sums + j * kSums);
       }
@@ -265,10 +271,12 @@ class Gemm {
   const Operand<T, false> b_;
   const int64_t depth_, columns_, rows_;  // of a piece, of a block
   const int64_t panel_;                   // elements
+  const bool a_packed_, b_packed_;        // once, for all blocks
+  const bool across_;  // A's rows of a piece are packed for all columns, whose sums are kept
   const int64_t sums_width_;
-  const bool a_packed_, b_packed_;  // once, for all blocks
   const Buffer<BFloat16> a_panels_, b_panels_;
-  // (rows, n) between pieces, (threads * 32, columns) where there is one, in squares of 32.
+  // (rows, sums_width) between pieces, (threads * 32, sums_width) if there is one, in squares
+  // of 32.
   const Buffer<float> sums_;
 };
 
