@@ -2,7 +2,8 @@
 
 Bound: the three GEMMs alone (logits, d(hidden), d(weight): 6 N d V FLOPs) at their best chunk of
 rows, the logits' buffer allocated inside the timed part as the op does. What the op adds: one read
-and one write of every logit and, per chunk, one pass over the float32 d(weight).
+and one write of every logit and, per chunk, one pass over the float32 d(weight). With AMX, where it
+makes products itself, it can take less.
 
     pytest bench/bench_cross_entropy.py --benchmark-only      # small shapes
     python bench/bench_cross_entropy.py --dtype float32       # the large shape (minutes)

@@ -320,7 +320,7 @@ def test_num_items_replaces_the_denominator() -> None:
 
 MEMORY = """
 import sys, torch, mtp_fast
-rows, dim, vocab, chunk = 65536, 64, 4096, 32 << 20
+rows, dim, vocab, chunk = map(int, sys.argv[2:])
 dtype = getattr(torch, sys.argv[1])
 x = torch.randn(rows, dim).to(dtype).requires_grad_()
 weight = torch.randn(vocab, dim).to(dtype).requires_grad_()
@@ -334,10 +334,18 @@ print(peak() - before - x.grad.nbytes - weight.grad.nbytes - chunk - vocab * dim
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_bound(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (65536, 64, 4096, 32 << 20),  # many rows
+        (2048, 256, 32768, 128 << 20),  # products that AMX makes, where there is AMX
+    ],
+    ids=["rows", "large"],
+)
+def test_memory_bound(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     """Above inputs and gradients: the chunk, float32 d(weight) and 64 MiB; eager takes 2 GiB."""
     extra = subprocess.run(
-        [sys.executable, "-c", PEAK_MEMORY + MEMORY, dtype],
+        [sys.executable, "-c", PEAK_MEMORY + MEMORY, dtype, *map(str, shape)],
         capture_output=True,
         text=True,
         check=True,
