@@ -105,7 +105,7 @@ def test_operands_that_are_not_packed_at_once(
     assert out.isfinite().all()
 
 
-@needs_amx
+@pytest.mark.parametrize("products", [pytest.param("amx", marks=needs_amx)], indirect=True)
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(256, 300, 8), (64, 2048, 576), (64, 300, 8192)], ids=str
 )
@@ -125,6 +125,42 @@ def test_no_less_exact_than_torch(products: None, m: int, n: int, k: int, values
         return float(((x - exact) / size).square().mean().sqrt())
 
     assert error(out) <= max(1.25 * error(a @ b), 2**-24)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("shape", "dtype", "out_dtype", "on_amx"),
+    [
+        ((256, 257, 258), torch.float32, torch.float32, True),
+        ((255, 300, 300), torch.float32, torch.float32, False),
+        ((300, 255, 300), torch.float32, torch.float32, False),
+        ((300, 300, 255), torch.float32, torch.float32, False),
+        ((2, 3, 4), torch.bfloat16, torch.float32, True),
+        ((300, 300, 300), torch.bfloat16, torch.bfloat16, False),
+        ((300, 300, 300), torch.float16, torch.float32, False),
+    ],
+)
+def test_which_products_are_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    on_amx: bool,
+) -> None:
+    m, n, k = shape
+    calls, kernel = [], _C.gemm_amx
+    monkeypatch.setattr(_C, "gemm_amx", lambda *a: calls.append(a) or kernel(*a))
+    for level in (LEVELS.index("amx"), 0):
+        calls.clear()
+        _C.set_simd_level(level)
+        gemm(
+            torch.ones(m, k, dtype=dtype),
+            torch.ones(k, n, dtype=dtype),
+            out := torch.empty(m, n, dtype=out_dtype),
+        )
+        assert len(calls) == (on_amx and level > 0)
+        assert (out == k).all()
+    _C.set_simd_level(len(LEVELS) - 1)
 
 
 @DTYPES

@@ -22,7 +22,7 @@ namespace mtp {
 namespace {
 
 constexpr int64_t kSums = kPanel * kPanel;  // of a panel of A and one of B, in float32
-constexpr int64_t kDepth = 1024;            // inputs of a piece, of bfloat16
+constexpr int64_t kDepth = 1024;            // inputs of a piece; of float32 a third
 constexpr int64_t kColumns = 576;           // of a block
 constexpr int64_t kRows = 1024;             // of a block, for each thread
 constexpr int64_t kMostKept = 32 << 20;     // bytes of an operand that is packed once, or of sums

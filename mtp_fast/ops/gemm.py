@@ -20,7 +20,7 @@ def gemm(
     """``out = a @ b``, plus a bias or what `out` holds.
 
     On a processor with AMX, float32 results of large products are made by a kernel (csrc/gemm).
-    Their error is no larger than torch's; where a float32 operand is not finite, they are NaN. All
+    Their error is about torch's or less; where a float32 operand is not finite, they are NaN. All
     else is torch's.
 
     Parameters
