@@ -30,7 +30,7 @@ from torch import Tensor
 
 from harness import Comparison, agreeing, finish, interleaved
 from mtp_fast.cli import SHIPPED_CHECKPOINT
-from mtp_fast.decoding import generate, incremental
+from mtp_fast.decoding import PreparedModel, generate, incremental
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPConfig, MTPTransformer, load_checkpoint
 from mtp_fast.training import Corpus, multi_token_loss
@@ -118,9 +118,10 @@ def periodic_model(trunk: int, heads: int, dim: int, ffn_dim: int) -> MTPTransfo
 
 def continuations(model: MTPTransformer, heads: Sequence[int]) -> dict[int, Callable[[], Tensor]]:
     """A generation with each number of heads; it returns the tokens, which `PERIODIC` holds."""
-    prompt = torch.arange(PERIOD)
+    prompt, prepared = torch.arange(PERIOD), PreparedModel(model)
     return {
-        k: lambda k=k: generate(model, [prompt], len(PERIODIC), n_heads=k).tokens[0] for k in heads
+        k: lambda k=k: generate(prepared, [prompt], len(PERIODIC), n_heads=k).tokens[0]
+        for k in heads
     }
 
 

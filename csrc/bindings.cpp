@@ -166,7 +166,8 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
                            float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t vocab,
                            uintptr_t embedding, uintptr_t unembedding, int64_t batch, int64_t rows,
                            uintptr_t start, uintptr_t tokens, uintptr_t trunk, uintptr_t hidden,
-                           uintptr_t logits) {
+                           uintptr_t logits, uintptr_t trunk_row, int64_t trunk_rows,
+                           uintptr_t drafts, int64_t drafts_ld) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -174,6 +175,13 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
                               std::to_string(first + rows - 1) + " of sequence " +
                               std::to_string(b) + " lie outside a cache of " +
                               std::to_string(capacity));
+    }
+  }
+  for (int64_t b = 0; trunk_row != 0 && b < batch; ++b) {
+    const int64_t row = pointer<const int64_t>(trunk_row)[b];
+    if (row < 0 || row >= trunk_rows) {
+      throw std::out_of_range("row " + std::to_string(row) + " of sequence " + std::to_string(b) +
+                              " is not one of " + std::to_string(trunk_rows));
     }
   }
   for (int64_t i = 0; tokens != 0 && i < batch * rows; ++i) {
@@ -197,6 +205,10 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   p.trunk = pointer<float>(trunk);
   p.hidden = pointer<float>(hidden);
   p.logits = pointer<float>(logits);
+  p.trunk_row = pointer<const int64_t>(trunk_row);
+  p.drafts = pointer<int64_t>(drafts);
+  p.trunk_rows = trunk_rows;
+  p.drafts_ld = drafts_ld;
   p.n_layers = n_layers;
   p.n_blocks = n_blocks;
   p.vocab = vocab;
@@ -230,13 +242,14 @@ SamplingParams sampling_params(uintptr_t temperatures, double temperature, uintp
 AcceptParams accept_params(int dtype, int64_t batch, int64_t max_draft, int64_t vocab,
                            uintptr_t target, int64_t target_batch_stride, int64_t target_row_stride,
                            uintptr_t draft, int64_t draft_batch_stride, int64_t draft_row_stride,
-                           uintptr_t draft_tokens, uintptr_t num_drafts, uintptr_t temperatures,
-                           double temperature, uintptr_t top_ks, int64_t top_k, uintptr_t top_ps,
-                           double top_p, uintptr_t min_ps, double min_p, uintptr_t seeds,
-                           int64_t seed, uintptr_t positions, int64_t position, int rule,
-                           double typical_epsilon, double typical_delta, int64_t eos_token,
-                           int64_t pad_token, uintptr_t tokens, uintptr_t num_tokens,
-                           uintptr_t num_accepted, uintptr_t logprobs, uintptr_t exchange) {
+                           uintptr_t draft_tokens, int64_t draft_tokens_ld, uintptr_t num_drafts,
+                           uintptr_t temperatures, double temperature, uintptr_t top_ks,
+                           int64_t top_k, uintptr_t top_ps, double top_p, uintptr_t min_ps,
+                           double min_p, uintptr_t seeds, int64_t seed, uintptr_t positions,
+                           int64_t position, int rule, double typical_epsilon, double typical_delta,
+                           int64_t eos_token, int64_t pad_token, uintptr_t tokens,
+                           uintptr_t num_tokens, uintptr_t num_accepted, uintptr_t logprobs,
+                           uintptr_t exchange) {
   AcceptParams p{};
   p.target = {pointer<const void>(target), target_batch_stride, target_row_stride};
   p.draft = {pointer<const void>(draft), draft_batch_stride, draft_row_stride};
@@ -251,6 +264,7 @@ AcceptParams accept_params(int dtype, int64_t batch, int64_t max_draft, int64_t 
   p.exchange = pointer<unsigned char>(exchange);
   p.batch = batch;
   p.max_draft = max_draft;
+  p.draft_tokens_ld = draft_tokens_ld;
   p.vocab = vocab;
   p.eos_token = eos_token;
   p.pad_token = pad_token;
@@ -266,7 +280,7 @@ SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t lo
                            uintptr_t top_ks, int64_t top_k, uintptr_t top_ps, double top_p,
                            uintptr_t min_ps, double min_p, uintptr_t seeds, int64_t seed,
                            uintptr_t positions, int64_t position, int64_t index, uintptr_t tokens,
-                           uintptr_t exchange) {
+                           int64_t tokens_ld, uintptr_t exchange) {
   SampleParams p{};
   p.logits = {pointer<const void>(logits), batch_stride, 0};
   p.sampling = sampling_params(temperatures, temperature, top_ks, top_k, top_ps, top_p, min_ps,
@@ -275,6 +289,7 @@ SampleParams sample_params(int dtype, int64_t batch, int64_t vocab, uintptr_t lo
   p.exchange = pointer<unsigned char>(exchange);
   p.batch = batch;
   p.vocab = vocab;
+  p.tokens_ld = tokens_ld;
   p.index = index;
   p.dtype = static_cast<DType>(dtype);
   return p;

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mtp_fast._build_info import machine
-from mtp_fast.decoding import GenerateResult, generate
+from mtp_fast.decoding import GenerateResult, PreparedModel, generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.terminal import TrainingProgress, print_continuation
 from mtp_fast.text import decode_bytes
@@ -178,13 +178,15 @@ def measure_decoding(
     model: MTPTransformer, prompts: list[Tensor]
 ) -> tuple[list[DecodingRow], GenerateResult]:
     """Continue each prompt greedily, alone, with 1 to n heads; also return one continuation."""
-    n_heads = range(1, len(model.heads) + 1)
-    results = {k: [generate(model, [p], NEW_TOKENS, n_heads=k) for p in prompts] for k in n_heads}
+    n_heads, prepared = range(1, len(model.heads) + 1), PreparedModel(model)
+    results = {
+        k: [generate(prepared, [p], NEW_TOKENS, n_heads=k) for p in prompts] for k in n_heads
+    }
     # Repeats are interleaved, so that a disturbance of the machine meets all numbers of heads.
     seconds: dict[int, list[float]] = {k: [] for k in n_heads}
     for _ in range(REPEATS):
         for k in n_heads:
-            runs = [generate(model, [p], NEW_TOKENS, n_heads=k) for p in prompts]
+            runs = [generate(prepared, [p], NEW_TOKENS, n_heads=k) for p in prompts]
             seconds[k].append(sum(r.stats.seconds for r in runs))
     rows = []
     for k in n_heads:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from helpers import draws, emulated
 from mtp_fast.ops import reference
-from mtp_fast.ops.acceptance import sample, speculative_accept
+from mtp_fast.ops.acceptance import (
+    prepare_acceptance,
+    prepare_sample,
+    sample,
+    speculative_accept,
+)
 
 B, K, V = 3, 2, 11
 
@@ -191,6 +196,62 @@ def test_draft_verdict_residual_and_bonus_use_different_draws() -> None:
         [reference.uniform(seed, position, position, s) for s in (*salts, reference.SALT_BONUS)]
     )
     assert (torch.corrcoef(u) - torch.eye(4)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_drafts_of_any_layout(dtype: torch.dtype) -> None:
+    best = TARGET[:, :K].argmax(-1)
+    best[1, 1] = (best[1, 1] + 1) % V
+    expected = speculative_accept(TARGET, best)
+    assert expected.num_accepted.tolist() == [K, 1, K]
+    wide = torch.full((2 * B, 3 * K + 1), 5, dtype=dtype)
+    for drafts in (
+        wide[:B, 1 : K + 1],
+        wide[::2, K : 2 * K],
+        wide[:B, : 2 * K : 2],
+        wide[:K, :B].T,
+    ):
+        drafts.copy_(best)
+        result = speculative_accept(TARGET, drafts)
+        assert torch.equal(result.tokens, expected.tokens)
+        assert torch.equal(result.num_accepted, expected.num_accepted)
+        assert torch.equal(drafts, best.to(dtype))
+
+
+def test_a_prepared_call_sees_what_the_tensors_hold() -> None:
+    """Each time as a call of its own would, into the same memory."""
+    target, drafts, position = TARGET.clone(), DRAFTS.clone(), torch.arange(B)
+    sampling = {"temperature": 1.0, "seed": 5, "position": position, "return_logprobs": True}
+    accept = prepare_acceptance(target, drafts, **sampling)
+    tokens = torch.empty(B, dtype=torch.int64)
+    filters = {"top_k": 3, "top_p": None, "min_p": None}
+    settings = {"temperature": 1.0, "seed": 5, "position": position, **filters}
+    draw = prepare_sample(target[:, 0], tokens, 1, **settings)
+    results = []
+    for turn in range(3):
+        target.add_(torch.randn_like(target) * turn)
+        drafts.copy_(target[:, :K].argmax(-1))
+        position.add_(turn)
+        result, expected = accept(), speculative_accept(target, drafts, **sampling)
+        draw()
+        assert all(map(torch.equal, result, expected))
+        assert torch.equal(tokens, sample(target[:, 0], index=1, **settings))
+        results.append((result, result.tokens.clone()))
+    assert all(map(torch.equal, results[0][0], results[2][0]))
+    assert not torch.equal(results[0][1], results[2][1])
+
+
+def test_a_prepared_call_checks_its_arguments() -> None:
+    with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):
+        prepare_acceptance(TARGET, DRAFTS, temperature=-1)
+    with pytest.raises(TypeError, match="rules"):
+        prepare_acceptance(TARGET, DRAFTS, rules="exact")
+    temperature = torch.ones(B)
+    accept = prepare_acceptance(TARGET, DRAFTS, temperature=temperature)
+    accept()
+    temperature[1] = -2
+    with pytest.raises(ValueError, match=r"temperature\[1\]: expected .*, got -2"):
+        accept()
 
 
 def test_sequence_without_drafts_consumes_no_draws_of_others() -> None:

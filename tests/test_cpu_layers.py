@@ -13,7 +13,7 @@ import torch
 from mtp_fast.decoding import cpu_layers
 from mtp_fast.decoding.cpu_layers import runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel
-from tiny_models import sharp_model
+from tiny_models import draft_logits, sharp_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Extents that are no multiple of any vector, and every option that changes a block.
@@ -72,7 +72,7 @@ def test_against_the_models_forward_in_float64(decode_level, monkeypatch, dtype,
         block = torch.stack([tokens[b, s : s + rows] for b, s in enumerate(start.tolist())])
         trunk, logits = cached.step(block, cached.rows(start, rows, 32))
         start = start + rows
-        drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 32))
+        drafts = draft_logits(cached, trunk, cached.rows(start - 1, 1, 32))
         for b, end in enumerate(start.tolist()):
             context = tokens[b : b + 1, :end]
             want = [exact.logits(context)[0, end - rows : end]]
@@ -92,7 +92,7 @@ def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
     start = torch.zeros(4, dtype=torch.int64)
     many = IncrementalModel(model, 4, batch=4, capacity=8)
     trunk, together = many.forward(tokens, many.rows(start, 4, 8))
-    drafts = many.draft_logits(trunk[:, -1], many.rows(start + 3, 1, 8))
+    drafts = draft_logits(many, trunk, many.rows(start + 3, 1, 8))
     threads = torch.get_num_threads()
     for b in range(4):
         torch.set_num_threads(1 + b % 3)
@@ -101,7 +101,7 @@ def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
             rows = single.rows(start[:1] + t, 1, 8)
             trunk, alone = single.forward(tokens[b : b + 1, t : t + 1], rows)
             assert torch.equal(alone[0, 0], together[b, t])
-        assert torch.equal(single.draft_logits(trunk[:, -1], rows)[0], drafts[b])
+        assert torch.equal(draft_logits(single, trunk, rows)[0], drafts[b])
     torch.set_num_threads(threads)
 
 
@@ -173,6 +173,28 @@ def test_rows_outside_the_cache_are_refused(start):
     message = r"rows at positions (7 to 8|-1 to 0) of sequence [01] lie outside a cache of 8"
     with pytest.raises(IndexError, match=message):
         cached.step(torch.zeros(2, 2, dtype=torch.int64), rows)
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+@torch.no_grad()
+def test_rows_that_were_not_run_are_refused(row):
+    cached = IncrementalModel(sharp_model(), 2, batch=1, capacity=8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    trunk, _ = cached.step(torch.zeros(1, 2, dtype=torch.int64), cached.rows(zero, 2, 8))
+    with pytest.raises(IndexError, match=f"row {row} of sequence 0 is not one of 2"):
+        cached.draft_logits(trunk, zero + row, cached.rows(zero, 1, 8))
+
+
+@torch.no_grad()
+def test_logits_that_are_not_finite_draft_some_token(decode_level):
+    model = sharp_model()
+    model.unembedding.weight.fill_(torch.nan)
+    cached = IncrementalModel(model, 4, batch=1, capacity=8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    trunk, _ = cached.step(zero[:, None], cached.rows(zero, 1, 8))
+    drafts = torch.full((1, 3), -1)
+    cached.draft_logits(trunk, zero, cached.rows(zero, 1, 8), drafts)
+    assert ((drafts >= 0) & (drafts < 40)).all()
 
 
 @pytest.mark.parametrize("token", [-1, 40])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import emulator
-from mtp_fast.ops.acceptance import AcceptResult, sample, speculative_accept
+from mtp_fast.ops.acceptance import AcceptResult, prepare_sample, sample, speculative_accept
 
 needs_emulator = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
 
@@ -101,7 +101,7 @@ def problem(case: Case) -> dict[str, Any]:
         )
     return {
         "target_logits": target,
-        "draft_tokens": drafts,
+        "draft_tokens": torch.cat([drafts, drafts + 1], 1)[:, : case.width],  # rows apart
         "draft_logits": draft if case.stochastic else None,
         "num_draft": torch.randint(0, case.width + 1, (case.batch,), generator=random).clamp_(
             min=case.width if case.batch < 4 else 0
@@ -117,10 +117,14 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
 def run(arguments: dict[str, Any]) -> tuple[AcceptResult, Tensor]:
-    """The acceptance step, and tokens sampled from its first rows."""
-    sampling = {name: arguments[name] for name in SAMPLING if name in arguments}
-    token = sample(arguments["target_logits"][:, 0], index=2, **sampling)
-    return speculative_accept(**arguments), token
+    """The acceptance step, and tokens sampled from its first rows, into a column of a tensor."""
+    sampling = {name: arguments.get(name) for name in SAMPLING}
+    first = arguments["target_logits"][:, 0]
+    columns = torch.full((len(first), 3), -7, device=first.device)
+    prepare_sample(first, columns[:, 1], 2, **sampling)()
+    assert (columns[:, ::2] == -7).all()
+    assert torch.equal(columns[:, 1], sample(first, index=2, **sampling))
+    return speculative_accept(**arguments), columns[:, 1]
 
 
 def check(got: tuple[AcceptResult, Tensor], expected: tuple[AcceptResult, Tensor]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_fast.decoding import generate
+from mtp_fast.decoding.incremental import PreparedModel
 from mtp_fast.decoding.speculative import STEPS_PER_CHECK, _Decoder
 from mtp_fast.models import MTPTransformer
 from tiny_models import CONFIG, cyclic_model, ragged_prompts, sharp_model
@@ -175,7 +176,7 @@ def test_a_step_can_be_captured(n_heads, temperature):
     prompts, limits = ragged_prompts(9, 2), torch.tensor([20, 20])
     sampling = {"temperature": temperature, "top_k": None, "top_p": 0.9, "min_p": None}
     decoder = _Decoder(
-        sharp_model(),
+        PreparedModel(sharp_model()),
         prompts,
         limits,
         n_heads,
@@ -196,6 +197,38 @@ def test_a_step_can_be_captured(n_heads, temperature):
         decoder.step()
     assert state() == before
     assert decoder.progress.produced.min() >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prepared_model_gives_what_the_model_gives(dtype):
+    """With any number of its heads, one call after the other, and one within another."""
+    model, prompts = sharp_model().to(dtype), ragged_prompts(9, 4, 17)
+    prepared = PreparedModel(model)
+    outer = generate(
+        prepared, prompts, 20, on_tokens=lambda b, _: generate(prepared, [prompts[b]], 3)
+    )
+    for n_heads in (4, 1, 3, None):
+        for options in ({}, {"temperature": 1.0, "top_k": 5, "seed": 3}):
+            expected = generate(model, prompts, 20, n_heads=n_heads, **options)
+            result = generate(prepared, prompts, 20, n_heads=n_heads, **options)
+            assert result.stats.forwards == expected.stats.forwards
+            for mine, theirs in zip(result.tokens, expected.tokens, strict=True):
+                assert torch.equal(mine, theirs)
+            if n_heads is None and not options:
+                assert all(map(torch.equal, outer.tokens, expected.tokens))
+
+
+def test_a_model_is_prepared_with_some_of_its_heads():
+    model, prompts = sharp_model(), ragged_prompts(9)
+    prepared = PreparedModel(model, 2)
+    assert generate(prepared, prompts, 8).stats.acceptance == (
+        generate(model, prompts, 8, n_heads=2).stats.acceptance
+    )
+    with pytest.raises(ValueError, match=r"n_heads must be in \[1, 2\], got 3"):
+        generate(prepared, prompts, 8, n_heads=3)
+    for n_heads in (0, 5):
+        with pytest.raises(ValueError, match=rf"n_heads must be in \[1, 4\], got {n_heads}"):
+            PreparedModel(model, n_heads)
 
 
 def test_limits_at_the_context():

@@ -18,6 +18,7 @@ from mtp_fast.decoding import generate  # noqa: E402
 from mtp_fast.decoding.incremental import IncrementalModel  # noqa: E402
 from mtp_fast.models import MTPConfig, MTPTransformer, save_checkpoint  # noqa: E402
 from mtp_fast.models.transformer import rope_table  # noqa: E402
+from tiny_models import draft_logits  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -154,7 +155,7 @@ def test_cached_logits_of_every_head_equal_full_recomputation(foreign):
         expected = [model.logits(tokens[:, :end], k)[:, begin:] for k in range(3)]
         close = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(cached.logits(hidden), expected[0], **close)
-        drafts = cached.draft_logits(trunk[:, -1], cached.rows(start + end - begin - 1, 1, 80))
+        drafts = draft_logits(cached, trunk, cached.rows(start + end - begin - 1, 1, 80))
         torch.testing.assert_close(drafts[:, 0], expected[1][:, -1], **close)
         torch.testing.assert_close(drafts[:, 1], expected[2][:, -1], **close)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_fast.decoding.incremental import IncrementalModel
-from tiny_models import sharp_model
+from tiny_models import draft_logits, sharp_model
 
 pytestmark = pytest.mark.usefixtures("layers")
 
@@ -27,7 +27,7 @@ def test_incremental_logits_equal_full_recomputation():
             block = torch.stack([tokens[b, s : s + size] for b, s in enumerate(start.tolist())])
             trunk, hidden = cached.forward(block, cached.rows(start, size, 40))
             start = start + size
-            drafts = cached.draft_logits(trunk[:, -1], cached.rows(start - 1, 1, 40))
+            drafts = draft_logits(cached, trunk, cached.rows(start - 1, 1, 40))
             for b, end in enumerate(start.tolist()):
                 context = tokens[b : b + 1, :end]
                 expected = model.logits(context)[0, end - size : end]
@@ -52,7 +52,7 @@ def test_rewinding_is_writing_again():
         cached.logits(hidden), model.logits(tokens[:, :10])[:, 8:], rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(
-        cached.draft_logits(trunk[:, -1], cached.rows(start + 9, 1, 12))[0, 2],
+        draft_logits(cached, trunk, cached.rows(start + 9, 1, 12))[0, 2],
         model.logits(tokens[:, :10], 3)[0, -1],
         rtol=1e-4,
         atol=1e-4,
@@ -79,4 +79,28 @@ def test_one_head_drafts_nothing():
     start = torch.zeros(1, dtype=torch.int64)
     trunk, _ = cached.forward(torch.zeros(1, 1, dtype=torch.int64), cached.rows(start, 1, 1))
     with pytest.raises(ValueError, match="no drafting heads: n_heads is 1"):
-        cached.draft_logits(trunk[:, -1], cached.rows(start, 1, 1))
+        draft_logits(cached, trunk, cached.rows(start, 1, 1))
+
+
+@pytest.mark.parametrize("vocab_size", [40, 700])
+@torch.no_grad()
+def test_drafts_are_the_most_likely_tokens_at_a_row_of_choice(vocab_size):
+    """Into columns of a larger tensor; the first of equals."""
+    model = sharp_model(vocab_size=vocab_size)
+    model.unembedding.weight[vocab_size // 2 :] = model.unembedding.weight[: vocab_size // 2]
+    tokens = torch.randint(0, vocab_size, (3, 4))
+    start = torch.tensor([0, 2, 1])
+    cached = IncrementalModel(model, 4, batch=3, capacity=8)
+    cached.forward(tokens, cached.rows(torch.zeros_like(start), 4, 8))
+    trunk, _ = cached.step(tokens, cached.rows(start, 4, 8))
+    at = torch.tensor([3, 0, 2])
+    block = torch.full((3, 5), -7)
+    logits = cached.draft_logits(trunk, at, cached.rows(start + at, 1, 8), block[:, 1:4])
+    assert (block[:, [0, 4]] == -7).all()
+    for b in range(3):
+        text = torch.cat([tokens[b, : start[b]], tokens[b]])[None, : start[b] + at[b] + 1]
+        for k in (1, 2, 3):
+            expected = model.logits(text, k)[0, -1]
+            torch.testing.assert_close(logits[b, k - 1], expected, rtol=1e-4, atol=1e-4)
+            assert block[b, k] == logits[b, k - 1].tolist().index(logits[b, k - 1].max())
+            assert block[b, k] < vocab_size // 2

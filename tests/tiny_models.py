@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
+from mtp_fast.decoding.incremental import IncrementalModel
+from mtp_fast.decoding.rows import Rows
 from mtp_fast.models import MTPConfig, MTPTransformer
 
 CONFIG = MTPConfig(
@@ -57,3 +59,9 @@ def cyclic_model(period: int) -> MTPTransformer:
 def ragged_prompts(*lengths: int) -> list[torch.Tensor]:
     torch.manual_seed(1)
     return [torch.randint(0, CONFIG.vocab_size, (n,)) for n in lengths]
+
+
+def draft_logits(cached: IncrementalModel, trunk: torch.Tensor, row: Rows) -> torch.Tensor:
+    """What the heads draft at the last of the rows whose `trunk` (B, S, dim) this is."""
+    last = torch.full((len(trunk),), trunk.shape[1] - 1)
+    return cached.draft_logits(trunk, last, row)

@@ -159,7 +159,7 @@ void accept_one(const AcceptParams& p, int64_t b, const Tiles& tiles) {
   Rows<T> rows(p, b, tiles);
   const Decision decision = Judge<Rows<T>>(rows, p, b).decide();
   const int64_t width = p.max_draft + 1;
-  const int64_t* drafts = p.draft_tokens + b * p.max_draft;
+  const int64_t* drafts = p.draft_tokens + b * p.draft_tokens_ld;
   int64_t* tokens = p.tokens + b * width;
   std::copy(drafts, drafts + decision.accepted, tokens);
   int64_t emitted = decision.accepted;
@@ -217,7 +217,7 @@ void sample_batch<SimdLevel::MTP_SIMD>(const SampleParams& p, int threads) {
   using namespace MTP_SIMD;
   dispatch_dtype(p.dtype, [&](auto storage) {
     for_sequences(threads, p.batch, 1, p.vocab, [&](int64_t b, const Tiles& tiles) {
-      p.tokens[b] = sample_one<decltype(storage)>(p, b, tiles);
+      p.tokens[b * p.tokens_ld] = sample_one<decltype(storage)>(p, b, tiles);
     });
   });
 }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
   const Tiles tiles(p.vocab, Team(p.exchange, sizeof(SharedMemory)));
   const int64_t b = tiles.team.index();
   const int64_t width = p.max_draft + 1;
-  const int64_t* drafts = p.draft_tokens + b * p.max_draft;
+  const int64_t* drafts = p.draft_tokens + b * p.draft_tokens_ld;
   Rows<T> rows(p, b, tiles);
   Decision decision{0, -1};
   if (out_of_range(p, b) == nullptr) decision = Judge<Rows<T>>(rows, p, b).decide();
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kBlocksPerSm)
     token = p.sampling.temperature[b] == 0.0 ? d.argmax()
                                              : d.sample(draws.uniform(p.index, Salt::kDraft));
   }
-  if (tiles.team.rank() == 0 && threadIdx.x == 0) p.tokens[b] = token;
+  if (tiles.team.rank() == 0 && threadIdx.x == 0) p.tokens[b * p.tokens_ld] = token;
 }
 
 // As many warps as a row has tiles, as far as the device has room for them.

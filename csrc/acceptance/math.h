@@ -208,7 +208,9 @@ class Judge {
 
  private:
   // What belongs to the sequence is read where it is needed: a GPU's registers are few.
-  MTP_HD int64_t draft(int64_t i) const { return params_.draft_tokens[b_ * params_.max_draft + i]; }
+  MTP_HD int64_t draft(int64_t i) const {
+    return params_.draft_tokens[b_ * params_.draft_tokens_ld + i];
+  }
   MTP_HD double uniform(int64_t index, Salt salt) const {
     return Draws{params_.sampling.seed[b_], params_.sampling.position[b_]}.uniform(index, salt);
   }

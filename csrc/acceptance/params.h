@@ -46,7 +46,7 @@ enum class AcceptRule : int { kExact = 0, kBlock = 1, kTypical = 2 };
 struct AcceptParams {
   LogitsView target;            // (batch, max_draft + 1, vocab)
   LogitsView draft;             // (batch, max_draft, vocab), or null data: deterministic drafts
-  const int64_t* draft_tokens;  // (batch, max_draft)
+  const int64_t* draft_tokens;  // (batch, max_draft), draft_tokens_ld apart
   PerSequenceInt num_draft;     // in [0, max_draft]
   SamplingParams sampling;
   int64_t* tokens;          // (batch, max_draft + 1), padded with pad_token
@@ -54,7 +54,7 @@ struct AcceptParams {
   int32_t* num_accepted;    // (batch)
   float* logprobs;          // (batch, max_draft + 1), 0 where padded; or null
   unsigned char* exchange;  // CUDA: (acceptance_exchange_bytes), 16-byte aligned; null for none
-  int64_t batch, max_draft, vocab;
+  int64_t batch, max_draft, vocab, draft_tokens_ld;
   int64_t eos_token;  // emission ends after it; negative: none
   int64_t pad_token;
   double typical_epsilon, typical_delta;
@@ -65,9 +65,9 @@ struct AcceptParams {
 struct SampleParams {
   LogitsView logits;  // (batch, 1, vocab)
   SamplingParams sampling;
-  int64_t* tokens;          // (batch); -1 where a row has no finite logit
+  int64_t* tokens;          // (batch), tokens_ld apart; -1 where a row has no finite logit
   unsigned char* exchange;  // as above
-  int64_t batch, vocab;
+  int64_t batch, vocab, tokens_ld;
   int64_t index;  // the draft's place in its block
   DType dtype;
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "decode_layers/packed.h"
@@ -35,22 +36,19 @@ class Attention {
   const Scratch<X>& attended() const { return attended_; }  // (abreast, rows)
   int64_t products_of_a_head() const { return 2 * p_.rows * reach_ * p_.head_dim; }
 
-  // Bias, norm and rotation of attention head h of a row; then to its place.
-  void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t row, float* x) {
-    const int64_t size = p_.head_dim, half = size / 2;
+  // Bias, norm and rotation of attention head h of a sequence's row r; then to its place.
+  void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t sequence, int64_t r,
+            float* x) {
+    const int64_t size = p_.head_dim, half = size / 2, position = p_.start[sequence] + r;
     const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
     if (block.qkv_bias != nullptr) {
       for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
     }
-    const int64_t sequence = row / p_.rows, position = p_.start[sequence] + row % p_.rows;
-    X* converted = converted_.row(worker);
     if (value >= 0) {
-      convert(x, size, converted);
       X* values = cached(block, sequence, value) + cache_.values;
-      for (int64_t i = 0; i < size; i += kPanel) {
+      for (int64_t i = 0; i < size; i += kLanes) {
         X* y = values + place_in_panels<X>(i, position, cache_.value_step);
-        const int64_t n = std::min(kPanel, size - i);
-        for (int64_t o = 0; o < n; ++o) y[o * kDepth<X>] = converted[i + o];
+        store_input(load_some(x + i, size - i), y);
       }
       return;
     }
@@ -58,20 +56,23 @@ class Attention {
     if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
     const float* cosine = p_.rope + position * 2 * size;
     const float* sine = cosine + size;
-    for (int64_t i = 0; i < half; ++i) {
-      const float low = x[i], high = x[half + i];
-      x[i] = low * cosine[i] + high * sine[i];
-      x[half + i] = high * cosine[half + i] + low * sine[half + i];
+    for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {
+      const int64_t n = half - i;
+      const Vec low = load_some(x + i, n), high = load_some(x + j, n);
+      store_some(low * load_some(cosine + i, n) + high * load_some(sine + i, n), x + i, n);
+      store_some(high * load_some(cosine + j, n) + low * load_some(sine + j, n), x + j, n);
     }
     if (key < 0) {
-      convert(x, size, queries_.row((b * rows_ + row) * p_.n_queries + h));
+      const int64_t row = (b * p_.batch + sequence) * p_.rows + r;
+      convert(x, size, queries_.row(row * p_.n_queries + h));
       return;
     }
+    X* converted = converted_.row(worker);
     convert(x, size, converted);
     X* y = cached(block, sequence, key) + place_in_panels<X>(position, 0, cache_.key_step);
-    constexpr int64_t kPair = kDepth<X>;
+    constexpr int64_t kPair = kDepth<X>;  // half of head_dim is whole, so pairs are
     for (int64_t i = 0; i < size; i += kPair, y += kPanel * kPair) {
-      for (int64_t j = 0; j < kPair && i + j < size; ++j) y[j] = converted[i + j];
+      memcpy(y, converted + i, kPair * sizeof(X));
     }
   }
 

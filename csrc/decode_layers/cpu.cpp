@@ -120,8 +120,11 @@ class Step {
                          sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
                        });
         const int64_t h = packed_.head_at(p_, place);
-        for (int64_t r = 0; r < rows_; ++r) {
-          attention_.take(worker.index(), blocks[b], b, h, r, y + r * head_width_);
+        for (int64_t sequence = 0; sequence < p_.batch; ++sequence) {
+          for (int64_t r = 0; r < p_.rows; ++r) {
+            attention_.take(worker.index(), blocks[b], b, h, sequence, r,
+                            y + (sequence * p_.rows + r) * head_width_);
+          }
         }
       }
     });
@@ -297,14 +300,22 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
     const Scratch<float> x(rows, p.dim);
     Step<T, decltype(row)> drafting(p, threads, heads);
     Unembedding<T> unembedding(p, threads, rows);
-    for (int64_t h = 0; h < heads; ++h) {
-      memcpy(x.row(h * p.batch), p.trunk, sizeof(float) * p.batch * p.dim);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = r % p.batch;
+      memcpy(x.row(r), p.trunk + (b * p.trunk_rows + p.trunk_row[b]) * p.dim,
+             sizeof(float) * p.dim);
     }
+    // From head by head to sequence by sequence.
+    const auto place = [&](int64_t r) { return r % p.batch * heads + r / p.batch; };
     run_rounds(threads, [&](Worker& worker) {
       drafting.read(worker, p.blocks + p.n_layers, x.row(0));
-      unembedding.run(worker, x.row(0), [&](int64_t r) {
-        return r % p.batch * heads + r / p.batch;  // from head by head to sequence by sequence
-      });
+      unembedding.run(worker, x.row(0), place);
+      if (p.drafts != nullptr) {
+        for_rows(worker, rows, [&](int64_t r) {
+          p.drafts[r % p.batch * p.drafts_ld + r / p.batch] =
+              index_of_max(p.logits + place(r) * p.vocab, p.vocab);
+        });
+      }
       release_matrix_registers();
     });
   });

@@ -6,6 +6,7 @@
 
 #include "decode_layers/panels.h"
 #include "decode_layers/params.h"
+#include "decode_layers/rows.h"
 
 namespace mtp {
 namespace MTP_SIMD {
@@ -90,6 +91,19 @@ template <class X>
 inline int64_t place_in_panels(int64_t output, int64_t input, int64_t step) {
   return output / kPanel * step + input / kDepth<X> * kPanel * kDepth<X> +
          output % kPanel * kDepth<X> + input % kDepth<X>;
+}
+
+// Stores v as one input of kLanes outputs that lie side by side.
+template <class X>
+inline void store_input(Vec v, X* y) {
+#if defined(__AVX512BF16__)
+  if constexpr (kDepth<X> == 2) {
+    const unsigned odd = reinterpret_cast<uintptr_t>(y) / sizeof(X) % 2;
+    const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v.v));
+    return _mm512_mask_storeu_epi16(y - odd, 0x55555555u << odd, _mm512_slli_epi32(wide, 16 * odd));
+  }
+#endif
+  v.store(y);
 }
 
 // Keys and values of one block and sequence, in elements. A head's keys are panels whose outputs

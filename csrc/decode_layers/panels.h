@@ -126,6 +126,24 @@ inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, 
 
 #if defined(__AVX512BF16__)
 
+// Rows that this thread's matrix registers are set up for.
+inline thread_local int64_t matrix_rows = 0;
+
+inline void set_up_matrix_registers(int64_t rows) {
+  if (matrix_rows == rows) return;
+  matrix_rows = rows;
+  struct {  // as ldtilecfg reads it
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(rows);
+  for (int i = 3; i < 5; ++i) shapes.rows[i] = 16;  // pairs of inputs
+  // The intrinsic does not say how much is read.
+  __asm__ volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+}
+
 // panel_products with the matrix registers of AMX. Numbers 0, 1: sums of 16 rows and 16 outputs; 2:
 // 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up.
 template <class F>
@@ -134,16 +152,7 @@ inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const B
   constexpr int64_t kRows = 16, kInputs = 32, kLine = 64 / sizeof(BFloat16);
   constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel;
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
-  struct {  // as ldtilecfg reads it
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } shapes;
-  for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(tile_rows);
-  for (int i = 3; i < 5; ++i) shapes.rows[i] = kInputs / 2;  // pairs
-  // The intrinsic does not say how much is read.
-  __asm__ volatile("" : : "r"(&shapes) : "memory");
-  _tile_loadconfig(&shapes);
+  set_up_matrix_registers(tile_rows);
   alignas(64) float sums[2][kRows][kLanes];
   for (int64_t p = 0; p < count; ++p, panels += step) {
     for (int64_t row = 0; row < rows; row += kRows) {
@@ -179,7 +188,8 @@ inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const B
 // A thread that has made products lets go of the matrix registers, which would be saved with it.
 inline void release_matrix_registers() {
 #if defined(__AVX512BF16__)
-  if (has_amx()) _tile_release();
+  if (matrix_rows > 0) _tile_release();
+  matrix_rows = 0;
 #endif
 }
 

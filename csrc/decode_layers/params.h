@@ -47,10 +47,13 @@ struct DecodeParams : DecodeShape {
   const int64_t* start;       // (batch): position of a sequence's first new row
   const int64_t* tokens;      // (batch, rows), in [0, vocab); decode_heads: null
   float* trunk;               // (batch, rows, dim): the last layer's input, which the heads share
+  const int64_t* trunk_row;   // decode_heads: (batch): which of trunk_rows of each sequence
   float* hidden;              // (batch, rows, dim): behind the final norm; or null
   float* logits;              // see below
+  int64_t* drafts;            // decode_heads: (batch, heads), drafts_ld apart; or null
   int64_t n_layers, n_blocks, vocab, batch, rows;  // rows: new ones of each sequence
   int64_t capacity;                                // positions of a sequence
+  int64_t trunk_rows, drafts_ld;
   float norm_eps;
 };
 
@@ -73,7 +76,7 @@ template <SimdLevel level>
 void decode_layers_run(const DecodeParams& params, int threads);
 
 // Runs each drafting head by itself on one row a sequence of `trunk`, whose keys and values are
-// stored: logits (batch, heads, vocab).
+// stored: logits (batch, heads, vocab), and in `drafts` where the largest of each are.
 template <SimdLevel level>
 void decode_heads_run(const DecodeParams& params, int threads);
 

@@ -1,6 +1,7 @@
 // What a transformer block does with its rows between the products.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -23,6 +24,11 @@ inline float square_sum(const float* x, int64_t n) {
     sum = fma(v, v, sum);
   }
   return sum.hsum();
+}
+
+// The first floats of x, at most n, and zeros behind them.
+inline Vec load_some(const float* x, int64_t n) {
+  return n >= kLanes ? Vec::load(x) : Vec::load(x, n, Vec(0.0f));
 }
 
 // Stores the first lanes of v, at most n.
@@ -71,6 +77,28 @@ inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
     sum = sum + e;
   }
   return sum.hsum();
+}
+
+// Where the first of the largest of x (n) is. NaN is no number; where there is none, any place.
+inline int64_t index_of_max(const float* x, int64_t n) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  constexpr int64_t kBlock = 16 * kLanes;
+  float top = kLowest;
+  int64_t at = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    Vec lanes(kLowest);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) lanes = max(Vec::load(x + i), lanes);  // max(NaN, y): y
+    if (i < end) lanes = max(Vec::load(x + i, end - i, Vec(kLowest)), lanes);
+    const float largest = lanes.hmax();
+    if (largest > top) {
+      top = largest;
+      at = begin;
+    }
+  }
+  while (at < n - 1 && x[at] != top) ++at;
+  return at;
 }
 
 // silu(gate) * up.

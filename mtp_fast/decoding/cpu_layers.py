@@ -32,69 +32,85 @@ def runs_on_cpu(model: MTPTransformer, blocks: Sequence[Block]) -> bool:
     )
 
 
-class CPULayers:
-    """A model's trunk and heads with their caches, from tokens to logits.
+class PackedLayers:
+    """A model's weights as the kernel reads them: the layers' in a copy, the others in place.
 
     Parameters
     ----------
     model : MTPTransformer
-        The model. The weights of `layers` and `drafting` are copied.
+        The model.
     layers : sequence of Block
         Trunk and head 0.
     drafting : sequence of Block
         The other heads in use; for all of them `runs_on_cpu`.
-    batch : int
-        Sequences.
-    rope : Tensor
-        (capacity, 2, 1, head_dim) float32: `rope_table`.
     """
 
     def __init__(
-        self,
-        model: MTPTransformer,
-        layers: Sequence[Block],
-        drafting: Sequence[Block],
-        batch: int,
-        rope: Tensor,
+        self, model: MTPTransformer, layers: Sequence[Block], drafting: Sequence[Block]
     ) -> None:
         config, blocks = model.config, [*layers, *drafting]
-        self._n_drafting, self._vocab, self._dim = len(drafting), config.vocab_size, config.dim
-        embedding = model.embedding.weight.detach().contiguous()
-        unembedding = self._unembedding = model.unembedding.weight.detach().contiguous()
-        shape = (
-            DTYPE_CODES[unembedding.dtype],
+        self.config, self.n_layers = config, len(layers)
+        self.embedding = model.embedding.weight.detach().contiguous()
+        self.unembedding = model.unembedding.weight.detach().contiguous()
+        self.shape = (
+            DTYPE_CODES[self.unembedding.dtype],
             config.dim,
             config.ffn_dim,
             config.n_attention_heads,
             config.n_kv_heads,
             config.head_dim,
         )
+        size, _ = _C.decode_sizes(*self.shape, 1)
+        self.packed = _packed(blocks, self.shape, size)
+        self.vectors = [_vectors(block) for block in blocks]
+        self.table = _addresses(self.vectors)
+        self.final_scale = model.norm.weight.detach().float().contiguous()
+
+
+class CPULayers:
+    """A model's trunk and heads with their caches, from tokens to logits.
+
+    Parameters
+    ----------
+    weights : PackedLayers
+        The model.
+    n_drafting : int
+        Drafting heads in use, the first of those packed.
+    batch : int
+        Sequences.
+    rope : Tensor
+        (capacity, 2, 1, head_dim) float32: `rope_table`.
+    """
+
+    def __init__(self, weights: PackedLayers, n_drafting: int, batch: int, rope: Tensor) -> None:
+        config, n_blocks = weights.config, weights.n_layers + n_drafting
+        self._vocab, self._dim = config.vocab_size, config.dim
+        self._unembedding = weights.unembedding
+        self._outputs: tuple[Tensor, Tensor] | None = None  # of the last step
+        self._draft_logits = torch.empty(batch, n_drafting, config.vocab_size)
         capacity = len(rope)
-        packed_size, cache_bytes = _C.decode_sizes(*shape, capacity)
-        packed = _packed(blocks, shape, packed_size)
-        cache = torch.empty(batch, len(blocks), cache_bytes, dtype=torch.uint8)
+        _, cache_bytes = _C.decode_sizes(*weights.shape, capacity)
+        cache = torch.empty(batch, n_blocks, cache_bytes, dtype=torch.uint8)
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
         cache.zero_()
-        vectors = [_vectors(block) for block in blocks]
-        table = _addresses(vectors)
-        final_scale = model.norm.weight.detach().float().contiguous()
         # What the arguments point to must live as long as they do.
-        self._owned = (packed, cache, vectors, table, final_scale, rope, embedding)
+        self._owned = (weights, cache, rope)
         self._arguments = (
-            *shape,
+            *weights.shape,
             capacity,
-            table.data_ptr(),
-            packed.data_ptr(),
+            weights.table.data_ptr(),
+            weights.packed.data_ptr(),
             cache.data_ptr(),
-            len(layers),
-            len(blocks),
+            weights.n_layers,
+            n_blocks,
             config.norm_eps,
-            final_scale.data_ptr(),
+            weights.final_scale.data_ptr(),
             rope.data_ptr(),
             config.vocab_size,
-            embedding.data_ptr(),
-            unembedding.data_ptr(),
+            weights.embedding.data_ptr(),
+            weights.unembedding.data_ptr(),
         )
+        self._calls: dict[str, tuple[tuple[Tensor | None, ...], tuple[int, ...]]] = {}
 
     def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.forward`."""
@@ -102,37 +118,49 @@ class CPULayers:
 
     def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.step`."""
-        return self._in_pieces(tokens, rows.start, unembed=True)
+        if tokens.numel() > ROWS_PER_CALL:
+            return self._in_pieces(tokens, rows.start, unembed=True)
+        if self._outputs is None or self._outputs[0].shape[:2] != tokens.shape:
+            self._outputs = self._memory(tokens, unembed=True)
+        return self._piece(tokens, rows.start, *self._outputs, unembed=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `IncrementalModel.logits`."""
         x = hidden.flatten(0, -2).to(self._unembedding.dtype)
         return few_row_linear(x, self._unembedding).view(*hidden.shape[:-1], -1)
 
-    def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
+    def draft_logits(
+        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+    ) -> Tensor:
         """See `IncrementalModel.draft_logits`."""
-        if self._n_drafting == 0:
+        if self._draft_logits.shape[1] == 0:
             raise ValueError("no drafting heads: n_heads is 1")
-        logits = trunk.new_empty(len(trunk), self._n_drafting, self._vocab)
-        self._call("decode_heads", row.start, None, trunk.contiguous(), None, logits)
+        logits = self._draft_logits
+        self._call("decode_heads", row.start, None, trunk, None, logits, at, drafts)
         return logits
 
     def _in_pieces(self, tokens: Tensor, start: Tensor, *, unembed: bool) -> tuple[Tensor, Tensor]:
         size = max(1, ROWS_PER_CALL // len(tokens))
-        pieces = [
-            self._piece(tokens[:, begin : begin + size], start + begin, unembed=unembed)
-            for begin in range(0, tokens.shape[1], size)
-        ]
+        pieces = []
+        for begin in range(0, tokens.shape[1], size):
+            piece = tokens[:, begin : begin + size]
+            memory = self._memory(piece, unembed)
+            pieces.append(self._piece(piece, start + begin, *memory, unembed=unembed))
         if len(pieces) == 1:
             return pieces[0]
         trunk, out = zip(*pieces, strict=True)
         return torch.cat(trunk, 1), torch.cat(out, 1)
 
-    def _piece(self, tokens: Tensor, start: Tensor, *, unembed: bool) -> tuple[Tensor, Tensor]:
-        trunk = torch.empty(*tokens.shape, self._dim)
-        out = torch.empty(*tokens.shape, self._vocab) if unembed else torch.empty_like(trunk)
+    def _memory(self, tokens: Tensor, unembed: bool) -> tuple[Tensor, Tensor]:
+        widths = (self._dim, self._vocab if unembed else self._dim)
+        trunk, out = (torch.empty(*tokens.shape, width) for width in widths)
+        return trunk, out
+
+    def _piece(
+        self, tokens: Tensor, start: Tensor, trunk: Tensor, out: Tensor, *, unembed: bool
+    ) -> tuple[Tensor, Tensor]:
         hidden, logits = (None, out) if unembed else (out, None)
-        self._call("decode_layers", start, tokens.contiguous(), trunk, hidden, logits)
+        self._call("decode_layers", start, tokens, trunk, hidden, logits)
         return trunk, out
 
     def _call(
@@ -143,17 +171,24 @@ class CPULayers:
         trunk: Tensor,
         hidden: Tensor | None,
         logits: Tensor | None,
+        trunk_row: Tensor | None = None,
+        drafts: Tensor | None = None,
     ) -> None:
-        start = start.contiguous()
-        call_kernel(
-            name,
-            trunk,
-            *self._arguments,
-            len(start),
-            1 if tokens is None else tokens.shape[1],
-            start.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (tokens, trunk, hidden, logits)),
-        )
+        """Call a kernel. What it was called with the last time is not taken apart again."""
+        tensors = (start, tokens, trunk, hidden, logits, trunk_row, drafts)
+        last, arguments = self._calls.get(name, ((), ()))
+        if len(last) == 0 or any(a is not b for a, b in zip(tensors, last, strict=True)):
+            whole = [None if t is None else t.contiguous() for t in tensors[:-1]]
+            arguments = (
+                len(start),
+                1 if tokens is None else tokens.shape[1],
+                *(0 if t is None else t.data_ptr() for t in whole),
+                trunk.shape[1],
+                *((0, 0) if drafts is None else (drafts.data_ptr(), drafts.stride(0))),
+            )
+            last = (*whole, drafts)
+            self._calls[name] = (last, arguments)
+        call_kernel(name, trunk, *self._arguments, *arguments)
 
 
 def _addresses(tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:

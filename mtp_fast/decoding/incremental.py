@@ -12,11 +12,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_fast.decoding.cpu_layers import CPULayers, runs_on_cpu
+from mtp_fast.decoding.cpu_layers import CPULayers, PackedLayers, runs_on_cpu
 from mtp_fast.decoding.rows import Rows
 from mtp_fast.decoding.torch_layers import TorchLayers
 from mtp_fast.models import Block, MTPTransformer, Trunk
 from mtp_fast.models.transformer import rope_table
+
+
+class PreparedModel:
+    """A model as decoding reads it, to be prepared once for many calls of `generate`.
+
+    On a CPU the layers' weights are copied into the order in which the kernel reads them, which
+    takes as long as some ten to twenty steps of one sequence, and as much memory as the layers. The
+    copy is of what they are now: after more training, prepare the model again.
+
+    Parameters
+    ----------
+    model : MTPTransformer
+        The model, in evaluation mode.
+    n_heads : int, optional
+        Heads that may be used, head 0 included. All by default.
+
+    Raises
+    ------
+    TypeError
+        If the model's trunk is not our `Trunk`, whose cache decoding needs.
+    ValueError
+        If the model has not so many heads.
+    """
+
+    def __init__(self, model: MTPTransformer, n_heads: int | None = None) -> None:
+        if not isinstance(model.trunk, Trunk):
+            raise TypeError(
+                f"incremental decoding needs a Trunk, the model has a {type(model.trunk).__name__}"
+            )
+        self._model = model
+        weight = model.unembedding.weight
+        self.config, self.device, self.dtype = model.config, weight.device, weight.dtype
+        self.n_heads = check_n_heads(n_heads, len(model.heads))
+        heads = [head for head in model.heads if isinstance(head, Block)]
+        self._layers, self._drafting = [*model.trunk.blocks, heads[0]], heads[1 : self.n_heads]
+        self._packed: PackedLayers | None = None
+        if runs_on_cpu(model, [*self._layers, *self._drafting]):
+            self._packed = PackedLayers(model, self._layers, self._drafting)
+
+    def layers(self, n_heads: int, batch: int, rope: Tensor) -> CPULayers | TorchLayers:
+        """The layers with empty caches for `batch` sequences of ``len(rope)`` positions."""
+        if self._packed is not None:
+            return CPULayers(self._packed, n_heads - 1, batch, rope)
+        return TorchLayers(self._model, self._layers, self._drafting[: n_heads - 1], batch, rope)
+
+
+def check_n_heads(n_heads: int | None, available: int) -> int:
+    """Return `n_heads`, by default `available`, or raise ValueError if there are not so many."""
+    n_heads = available if n_heads is None else n_heads
+    if not 1 <= n_heads <= available:
+        raise ValueError(f"n_heads must be in [1, {available}], got {n_heads}")
+    return n_heads
 
 
 class IncrementalModel:
@@ -24,9 +76,8 @@ class IncrementalModel:
 
     Parameters
     ----------
-    model : MTPTransformer
-        The model. On a CPU the layers' weights are copied, on a GPU the drafting heads'; all other
-        parameters are read in place.
+    model : MTPTransformer or PreparedModel
+        The model. A plain one is prepared for this use alone.
     n_heads : int
         Heads in use.
     batch : int
@@ -36,25 +87,21 @@ class IncrementalModel:
 
     Raises
     ------
-    TypeError
-        If the model's trunk is not our `Trunk`, whose cache this is.
+    TypeError, ValueError
+        As `PreparedModel`.
     """
 
-    def __init__(self, model: MTPTransformer, n_heads: int, batch: int, capacity: int) -> None:
-        if not isinstance(model.trunk, Trunk):
-            raise TypeError(
-                f"incremental decoding needs a Trunk, the model has a {type(model.trunk).__name__}"
-            )
-        config, weight = model.config, model.unembedding.weight
-        heads = [head for head in model.heads if isinstance(head, Block)]
-        layers, drafting = [*model.trunk.blocks, heads[0]], heads[1:n_heads]
-        on_cpu = weight.device.type == "cpu"
-        self.dtype = torch.float32 if on_cpu else weight.dtype
+    def __init__(
+        self, model: MTPTransformer | PreparedModel, n_heads: int, batch: int, capacity: int
+    ) -> None:
+        if not isinstance(model, PreparedModel):
+            model = PreparedModel(model, n_heads)
+        config = model.config
+        self.dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self._rope = rope_table(
             config.head_dim, capacity, config.rope_theta, config.rope_scaling
-        ).to(weight.device, self.dtype)
-        implementation = CPULayers if runs_on_cpu(model, [*layers, *drafting]) else TorchLayers
-        self._layers = implementation(model, layers, drafting, batch, self._rope)
+        ).to(model.device, self.dtype)
+        self._layers = model.layers(n_heads, batch, self._rope)
 
     def rows(self, start: Tensor, count: int, length: int) -> Rows:
         """Lay out `count` new rows a sequence, the first at position ``start[b]``.
@@ -86,7 +133,7 @@ class IncrementalModel:
         Returns
         -------
         trunk, logits : Tensor
-            (B, S, dim) and (B, S, vocab_size).
+            (B, S, dim) and (B, S, vocab_size). On a CPU the next step may overwrite them.
         """
         return self._layers.step(tokens, rows)
 
@@ -94,14 +141,22 @@ class IncrementalModel:
         """Unembed `hidden` (..., dim): (..., vocab_size)."""
         return self._layers.logits(hidden)
 
-    def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
+    def draft_logits(
+        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, n_heads - 1, vocab_size) of the drafting heads at one row a sequence.
+
+        On a CPU the next call overwrites them.
 
         Parameters
         ----------
         trunk : Tensor
-            (B, dim) the trunk's output there.
+            (B, S, dim) the trunk's output.
+        at : Tensor
+            (B,) int64: which of the S rows it is.
         row : Rows
-            The row, one a sequence, whose keys and values `forward` has stored.
+            The row's place, one a sequence, whose keys and values `forward` has stored.
+        drafts : Tensor, optional
+            (B, n_heads - 1) int64, contiguous rows: where the most likely tokens go.
         """
-        return self._layers.draft_logits(trunk, row)
+        return self._layers.draft_logits(trunk, at, row, drafts)

@@ -48,3 +48,8 @@ class Rows:
         slots = torch.arange(self.length, device=self.start.device)
         unseen = slots > self._positions[:, None, :, None]
         return self._rope.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+
+
+def pick(x: Tensor, row: Tensor) -> Tensor:
+    """Take row ``row[b]`` of each sequence of `x` (B, S, dim): (B, dim)."""
+    return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]

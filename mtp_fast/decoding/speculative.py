@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_fast.decoding.incremental import IncrementalModel
+from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel, check_n_heads
 from mtp_fast.decoding.progress import Progress
-from mtp_fast.models import MTPTransformer
-from mtp_fast.ops.acceptance import sample, speculative_accept
+from mtp_fast.decoding.rows import pick
+from mtp_fast.models import MTPConfig, MTPTransformer
+from mtp_fast.ops.acceptance import Acceptance, prepare_acceptance, prepare_sample
 
 PREFILL_CHUNK = 512
 # New tokens and ends are looked for once in so many steps: on CUDA looking waits for the device.
@@ -70,7 +71,7 @@ class GenerateResult:
 
 @torch.inference_mode()
 def generate(
-    model: MTPTransformer,
+    model: MTPTransformer | PreparedModel,
     prompts: Sequence[Tensor] | Tensor,
     max_new_tokens: int | Sequence[int] | Tensor,
     *,
@@ -88,14 +89,16 @@ def generate(
 
     Parameters
     ----------
-    model : MTPTransformer
-        The model, in evaluation mode; decoding runs in its parameters' dtype and device.
+    model : MTPTransformer or PreparedModel
+        The model, in evaluation mode; decoding runs in its parameters' dtype and device. For many
+        calls, prepare it once.
     prompts : sequence of Tensor, or Tensor
         1-D integer tensors of any lengths >= 1, or one (B, T) tensor.
     max_new_tokens : int, sequence of int, or Tensor
         Limit for every sequence, or (B,) one for each.
     n_heads : int, optional
-        Heads in use, head 0 included: ``n_heads - 1`` drafts a step. All by default.
+        Heads in use, head 0 included: ``n_heads - 1`` drafts a step. By default all that the model
+        has, or was prepared with.
     temperature, top_k, top_p, min_p, rule
         As in `mtp_fast.speculative_accept`: numbers, or (B,) tensors of one value a sequence.
     seed : int, sequence of int, or Tensor
@@ -123,10 +126,12 @@ def generate(
     """
     started = time.perf_counter()
     prompts = list(prompts)
-    n_heads = len(model.heads) if n_heads is None else n_heads
-    device = model.unembedding.weight.device
+    if not isinstance(model, PreparedModel):
+        model = PreparedModel(model, n_heads)
+    n_heads = check_n_heads(n_heads, model.n_heads)
+    device = model.device
     limits = _integers("max_new_tokens", max_new_tokens, len(prompts))
-    _check(model, prompts, limits.tolist(), n_heads)
+    _check(model.config, prompts, limits.tolist())
     seeds = _integers("seed", seed, len(prompts))
     if isinstance(seed, int):
         seeds = seeds + torch.arange(len(prompts))
@@ -151,14 +156,12 @@ def generate(
     return decoder.result(started)
 
 
-def _check(model: MTPTransformer, prompts: list[Tensor], limits: list[int], n_heads: int) -> None:
+def _check(config: MTPConfig, prompts: list[Tensor], limits: list[int]) -> None:
     if not prompts:
         raise ValueError("prompts is empty")
-    if not 1 <= n_heads <= len(model.heads):
-        raise ValueError(f"n_heads must be in [1, {len(model.heads)}], got {n_heads}")
     if min(limits) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    vocab_size, max_seq_len = config.vocab_size, config.max_seq_len
     for b, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if prompt.ndim != 1 or len(prompt) == 0:
             raise ValueError(
@@ -212,7 +215,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: MTPTransformer,
+        model: PreparedModel,
         prompts: list[Tensor],
         limits: Tensor,
         n_heads: int,
@@ -221,8 +224,7 @@ class _Decoder:
         seeds: Tensor,
         end_tokens: Tensor | None,
     ) -> None:
-        weight, batch = model.unembedding.weight, len(prompts)
-        device = weight.device
+        batch, device = len(prompts), model.device
         self.prompts, self.width = prompts, n_heads
         self.sampling, self.rule, self.seed = sampling, rule, seeds.to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -237,11 +239,24 @@ class _Decoder:
             n_heads,
             None if end_tokens is None else end_tokens.to(device),
         )
+        self.drafts = self.progress.block[:, 1:]
         self.reported = [0] * batch
+        self.accept: Acceptance | None = None
         self.draft_logits: Tensor | None = None
         if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
             shape = (batch, n_heads - 1, model.config.vocab_size)
-            self.draft_logits = weight.new_zeros(shape, dtype=self.model.dtype)
+            self.draft_logits = torch.zeros(shape, dtype=self.model.dtype, device=device)
+            self.draws = [
+                prepare_sample(
+                    self.draft_logits[:, i],
+                    self.drafts[:, i],
+                    i,
+                    seed=self.seed,
+                    position=self.progress.position,
+                    **sampling,
+                )
+                for i in range(n_heads - 1)
+            ]
 
     def prefill(self) -> None:
         """Run the prompts in chunks, then emit each sequence's first token and first drafts."""
@@ -255,7 +270,7 @@ class _Decoder:
             outputs = self.model.forward(chunk, rows)
             row = last - begin
             here = ((row >= 0) & (row < chunk.shape[1]))[:, None]
-            new = [_pick(x, row.clamp(0, chunk.shape[1] - 1)) for x in outputs]
+            new = [pick(x, row.clamp(0, chunk.shape[1] - 1)) for x in outputs]
             picked = [torch.where(here, a, b) for a, b in zip(new, picked or new, strict=True)]
         trunk, hidden = picked
         self.commit(self.model.logits(hidden[:, None]), trunk[:, None])
@@ -268,33 +283,31 @@ class _Decoder:
 
     def commit(self, logits: Tensor, trunk: Tensor) -> None:
         """Judge the drafts by head 0's `logits` (B, S, V), emit tokens, draft the next block."""
-        judged = logits.shape[1] - 1
-        result = speculative_accept(
-            logits,
-            self.progress.block[:, 1 : judged + 1],
-            draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
-            rule=self.rule,
-            seed=self.seed,
-            position=self.progress.position,
-            **self.sampling,
-        )
-        self.progress.commit(result)
+        if self.accept is None or self.accept.target_logits is not logits:
+            judged = logits.shape[1] - 1
+            self.accept = prepare_acceptance(
+                logits,
+                self.drafts[:, :judged],
+                draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
+                rule=self.rule,
+                seed=self.seed,
+                position=self.progress.position,
+                **self.sampling,
+            )
+        self.progress.commit(self.accept())
         if self.width > 1:
-            self.draft(_pick(trunk, self.progress.row))
+            self.draft(trunk)
 
     def draft(self, trunk: Tensor) -> None:
-        """Draft the next block from the trunk's output `trunk` (B, dim) at the last row kept."""
-        row = self.model.rows(self.progress.draft_start, 1, self.length)
-        logits, drafts = self.model.draft_logits(trunk, row), self.progress.block[:, 1:]
+        """Draft the next block from the trunk's output `trunk` (B, S, dim) at the last row kept."""
+        progress = self.progress
+        row = self.model.rows(progress.draft_start, 1, self.length)
         if self.draft_logits is None:
-            torch.argmax(logits, -1, out=drafts)
+            self.model.draft_logits(trunk, progress.row, row, self.drafts)
             return
-        self.draft_logits.copy_(logits)
-        position = self.progress.position
-        for i in range(self.width - 1):
-            drafts[:, i] = sample(
-                logits[:, i], seed=self.seed, position=position, index=i, **self.sampling
-            )
+        self.draft_logits.copy_(self.model.draft_logits(trunk, progress.row, row))
+        for draw in self.draws:
+            draw()
 
     def check(self, on_tokens: Callable[[int, Tensor], object] | None) -> bool:
         """Report new tokens; whether any sequence goes on. Waits for the device."""
@@ -306,7 +319,8 @@ class _Decoder:
                 if end > begin:
                     self.reported[b] = end
                     on_tokens(b, progress.output[b, begin:end].cpu())
-        longest = int(torch.where(progress.live, progress.position, 0).max())
+        places = zip(progress.position.tolist(), progress.live.tolist(), strict=True)
+        longest: int = max((position for position, live in places if live), default=0)
         if progress.output.device.type == "cpu":
             # Attention need not read slots that no live sequence will have reached.
             reach = longest + self.width * self.steps_per_check - 1
@@ -332,8 +346,3 @@ class _Decoder:
             [row[:n].cpu() for row, n in zip(progress.drafted, produced, strict=True)],
             stats,
         )
-
-
-def _pick(x: Tensor, row: Tensor) -> Tensor:
-    """Take row ``row[b]`` of each sequence of `x` (B, S, dim): (B, dim)."""
-    return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]

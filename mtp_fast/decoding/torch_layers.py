@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_fast.decoding.rows import Rows
+from mtp_fast.decoding.rows import Rows, pick
 from mtp_fast.models import Block, KVCache, MTPConfig, MTPTransformer
 from mtp_fast.models.transformer import apply_rope
 
@@ -112,12 +112,17 @@ class TorchLayers:
         """See `IncrementalModel.logits`."""
         return linear(hidden, self._unembedding)
 
-    def draft_logits(self, trunk: Tensor, row: Rows) -> Tensor:
+    def draft_logits(
+        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+    ) -> Tensor:
         """See `IncrementalModel.draft_logits`."""
         if self._drafting is None:
             raise ValueError("no drafting heads: n_heads is 1")
-        hidden = self._normalize(self._drafting.read(trunk, row))
-        return self.logits(hidden).transpose(0, 1)
+        hidden = self._normalize(self._drafting.read(pick(trunk, at), row))
+        logits = self.logits(hidden).transpose(0, 1)
+        if drafts is not None:
+            torch.argmax(logits, -1, out=drafts)
+        return logits
 
     def _normalize(self, x: Tensor) -> Tensor:
         return normalize(x, self._final_scale, self._floor)

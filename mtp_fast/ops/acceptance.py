@@ -4,6 +4,7 @@ Both take raw logits. In eager mode they validate, call the kernel and return; u
 they are the registered ops ``mtp_fast::speculative_accept`` and ``mtp_fast::sample``.
 """
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -134,59 +135,50 @@ def speculative_accept(
 
     Draws come from Philox 4x32-10, keyed by (seed, position, index within the block, purpose).
     """
-    target_logits = _check_logits("target_logits", target_logits, 3, "(B, K+1, V)")
-    batch, rows, vocab = target_logits.shape
-    if rows == 0:
-        raise ValueError("target_logits: expected K+1 >= 1 rows in (B, K+1, V), got 0")
-    width = rows - 1
-    _common.check_tensor("draft_tokens", draft_tokens)
-    _common.check_integer_dtype("draft_tokens", draft_tokens)
-    _common.check_shape("draft_tokens", draft_tokens, (batch, width), "(B, K)")
-    _common.check_device("draft_tokens", draft_tokens, "target_logits", target_logits)
-    if draft_logits is not None:
-        draft_logits = _check_logits("draft_logits", draft_logits, 3, "(B, K, V)")
-        _common.check_shape("draft_logits", draft_logits, (batch, width, vocab), "(B, K, V)")
-        _common.check_float_dtype("draft_logits", draft_logits, (target_logits.dtype,))
-        _common.check_device("draft_logits", draft_logits, "target_logits", target_logits)
-    if num_draft is not None:
-        num_draft = check_per_sequence("num_draft", num_draft, target_logits, torch.int64)
-    if rule not in _RULES:
-        raise ValueError(f'rule: expected "exact", "block" or "typical", got {rule!r}')
-    if not 0.0 <= typical_epsilon <= 1.0:
-        raise ValueError(f"typical_epsilon: expected a number in [0, 1], got {typical_epsilon}")
-    if not 0.0 <= typical_delta < math.inf:
-        raise ValueError(f"typical_delta: expected a finite number >= 0, got {typical_delta}")
-    sampling = check_sampling(target_logits, temperature, top_k, top_p, min_p, seed, position)
-    eos = -1 if eos_token_id is None else check_index("eos_token_id", eos_token_id)
-    check_index("pad_token_id", pad_token_id)
+    checked = _checked(
+        target_logits,
+        draft_tokens,
+        draft_logits,
+        num_draft,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        rule,
+        typical_epsilon,
+        typical_delta,
+        seed,
+        position,
+        eos_token_id,
+        pad_token_id,
+        return_logprobs,
+    )
     if torch.compiler.is_compiling():
+        target_logits, draft_tokens, draft_logits, num_draft, sampling, *rest = checked
         tokens, num_tokens, num_accepted, logprobs = torch.ops.mtp_fast.speculative_accept(
             target_logits.detach(),
             draft_tokens,
             None if draft_logits is None else draft_logits.detach(),
             num_draft,
             *as_tensors(sampling, target_logits),
-            rule,
-            typical_epsilon,
-            typical_delta,
-            eos,
-            pad_token_id,
-            return_logprobs,
+            *rest,
         )
         return AcceptResult(tokens, num_tokens, num_accepted, logprobs if return_logprobs else None)
-    return _accept(
-        target_logits,
-        draft_tokens,
-        draft_logits,
-        num_draft,
-        sampling,
-        rule,
-        typical_epsilon,
-        typical_delta,
-        eos,
-        pad_token_id,
-        return_logprobs,
-    )
+    return Acceptance(*checked)()
+
+
+def prepare_acceptance(
+    target_logits: Tensor, draft_tokens: Tensor, **keywords: Any
+) -> "Acceptance":
+    """`speculative_accept` of tensors that stay where they are, to be called for every step.
+
+    A decode step is short enough for the checks and the result's tensors to count. Parameters and
+    errors are those of `speculative_accept`; what needs another dtype, or has no contiguous rows,
+    is copied now and not looked at again.
+    """
+    bound = inspect.signature(speculative_accept).bind(target_logits, draft_tokens, **keywords)
+    bound.apply_defaults()
+    return Acceptance(*_checked(**bound.arguments))
 
 
 def sample(
@@ -231,7 +223,19 @@ def sample(
             logits.detach(), *as_tensors(sampling, logits), index
         )
         return result
-    return _sample(logits, sampling, index)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    Draw(logits, tokens, sampling, index)()
+    return tokens
+
+
+def prepare_sample(logits: Tensor, tokens: Tensor, index: int, **sampling: Any) -> "Draw":
+    """`sample` of logits that stay where they are, to be called for every step.
+
+    Parameters and errors are those of `sample`, all but `logits` given; the tokens go to the int64
+    `tokens` (B,), of any stride.
+    """
+    logits = _check_logits("logits", logits, 2, "(B, V)")
+    return Draw(logits, tokens, check_sampling(logits, **sampling), index)
 
 
 def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
@@ -246,82 +250,166 @@ def _check_logits(name: str, logits: Tensor, dims: int, meaning: str) -> Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _accept(
+def _checked(
     target_logits: Tensor,
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     num_draft: Tensor | None,
-    sampling: Sampling,
+    temperature: float | Tensor,
+    top_k: int | Tensor | None,
+    top_p: float | Tensor | None,
+    min_p: float | Tensor | None,
     rule: str,
     typical_epsilon: float,
     typical_delta: float,
-    eos_token_id: int,
+    seed: int | Tensor,
+    position: int | Tensor | None,
+    eos_token_id: int | None,
     pad_token_id: int,
     return_logprobs: bool,
-) -> AcceptResult:
+) -> tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Sampling, str, float, float, int, int, bool
+]:
+    """The arguments of `speculative_accept` as `Acceptance` takes them."""
+    target_logits = _check_logits("target_logits", target_logits, 3, "(B, K+1, V)")
     batch, rows, vocab = target_logits.shape
-    device = target_logits.device
-    draft_tokens = draft_tokens.to(torch.int64).contiguous()
-    tokens = torch.empty((batch, rows), dtype=torch.int64, device=device)
-    num_tokens = torch.empty(batch, dtype=torch.int32, device=device)
-    num_accepted = torch.empty(batch, dtype=torch.int32, device=device)
-    logprobs = (
-        torch.empty((batch, rows), dtype=torch.float32, device=device) if return_logprobs else None
-    )
-    draft = (0, 0, 0)
+    if rows == 0:
+        raise ValueError("target_logits: expected K+1 >= 1 rows in (B, K+1, V), got 0")
+    width = rows - 1
+    _common.check_tensor("draft_tokens", draft_tokens)
+    _common.check_integer_dtype("draft_tokens", draft_tokens)
+    _common.check_shape("draft_tokens", draft_tokens, (batch, width), "(B, K)")
+    _common.check_device("draft_tokens", draft_tokens, "target_logits", target_logits)
     if draft_logits is not None:
-        draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
-    exchange = _exchange(target_logits, batch)
-    fault = _common.call_kernel(
-        "speculative_accept",
+        draft_logits = _check_logits("draft_logits", draft_logits, 3, "(B, K, V)")
+        _common.check_shape("draft_logits", draft_logits, (batch, width, vocab), "(B, K, V)")
+        _common.check_float_dtype("draft_logits", draft_logits, (target_logits.dtype,))
+        _common.check_device("draft_logits", draft_logits, "target_logits", target_logits)
+    if num_draft is not None:
+        num_draft = check_per_sequence("num_draft", num_draft, target_logits, torch.int64)
+    if rule not in _RULES:
+        raise ValueError(f'rule: expected "exact", "block" or "typical", got {rule!r}')
+    if not 0.0 <= typical_epsilon <= 1.0:
+        raise ValueError(f"typical_epsilon: expected a number in [0, 1], got {typical_epsilon}")
+    if not 0.0 <= typical_delta < math.inf:
+        raise ValueError(f"typical_delta: expected a finite number >= 0, got {typical_delta}")
+    sampling = check_sampling(target_logits, temperature, top_k, top_p, min_p, seed, position)
+    eos = -1 if eos_token_id is None else check_index("eos_token_id", eos_token_id)
+    check_index("pad_token_id", pad_token_id)
+    return (
         target_logits,
-        _common.DTYPE_CODES[target_logits.dtype],
-        batch,
-        rows - 1,
-        vocab,
-        target_logits.data_ptr(),
-        target_logits.stride(0),
-        target_logits.stride(1),
-        *draft,
-        draft_tokens.data_ptr(),
-        0 if num_draft is None else num_draft.data_ptr(),
-        *addresses(sampling),
-        _RULES[rule],
+        draft_tokens,
+        draft_logits,
+        num_draft,
+        sampling,
+        rule,
         typical_epsilon,
         typical_delta,
-        eos_token_id,
+        eos,
         pad_token_id,
-        tokens.data_ptr(),
-        num_tokens.data_ptr(),
-        num_accepted.data_ptr(),
-        0 if logprobs is None else logprobs.data_ptr(),
-        0 if exchange is None else exchange.data_ptr(),
+        return_logprobs,
     )
-    if fault is not None and fault[0]:
-        raise_fault(fault, (*SAMPLING_NAMES, "num_draft"), (*sampling, num_draft))
-    return AcceptResult(tokens, num_tokens, num_accepted, logprobs)
 
 
-def _sample(logits: Tensor, sampling: Sampling, index: int) -> Tensor:
-    batch, vocab = logits.shape
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    exchange = _exchange(logits, batch)
-    fault = _common.call_kernel(
-        "sample",
-        logits,
-        _common.DTYPE_CODES[logits.dtype],
-        batch,
-        vocab,
-        logits.data_ptr(),
-        logits.stride(0),
-        *addresses(sampling),
-        index,
-        tokens.data_ptr(),
-        0 if exchange is None else exchange.data_ptr(),
-    )
-    if fault is not None and fault[0]:
-        raise_fault(fault, SAMPLING_NAMES, sampling)
-    return tokens
+class Acceptance:
+    """A call of the kernel whose arguments are checked, with the memory for its result."""
+
+    def __init__(
+        self,
+        target_logits: Tensor,
+        draft_tokens: Tensor,
+        draft_logits: Tensor | None,
+        num_draft: Tensor | None,
+        sampling: Sampling,
+        rule: str,
+        typical_epsilon: float,
+        typical_delta: float,
+        eos_token_id: int,
+        pad_token_id: int,
+        return_logprobs: bool,
+    ) -> None:
+        batch, rows, vocab = target_logits.shape
+        device = target_logits.device
+        draft_tokens = draft_tokens.to(torch.int64)
+        if draft_tokens.stride(1) != 1:
+            draft_tokens = draft_tokens.contiguous()
+        tokens = torch.empty((batch, rows), dtype=torch.int64, device=device)
+        num_tokens = torch.empty(batch, dtype=torch.int32, device=device)
+        num_accepted = torch.empty(batch, dtype=torch.int32, device=device)
+        logprobs = (
+            torch.empty((batch, rows), dtype=torch.float32, device=device)
+            if return_logprobs
+            else None
+        )
+        draft = (0, 0, 0)
+        if draft_logits is not None:
+            draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
+        exchange = _exchange(target_logits, batch)
+        self._result = AcceptResult(tokens, num_tokens, num_accepted, logprobs)
+        self._sampling, self._num_draft = sampling, num_draft
+        # What the addresses point to must live as long as they do.
+        self.target_logits = target_logits
+        self._owned = (draft_tokens, draft_logits, exchange)
+        self._arguments = (
+            _common.DTYPE_CODES[target_logits.dtype],
+            batch,
+            rows - 1,
+            vocab,
+            target_logits.data_ptr(),
+            target_logits.stride(0),
+            target_logits.stride(1),
+            *draft,
+            draft_tokens.data_ptr(),
+            draft_tokens.stride(0),
+            0 if num_draft is None else num_draft.data_ptr(),
+            *addresses(sampling),
+            _RULES[rule],
+            typical_epsilon,
+            typical_delta,
+            eos_token_id,
+            pad_token_id,
+            tokens.data_ptr(),
+            num_tokens.data_ptr(),
+            num_accepted.data_ptr(),
+            0 if logprobs is None else logprobs.data_ptr(),
+            0 if exchange is None else exchange.data_ptr(),
+        )
+
+    def __call__(self) -> AcceptResult:
+        """Judge what the tensors hold now; the result is overwritten by the next call."""
+        fault = _common.call_kernel("speculative_accept", self.target_logits, *self._arguments)
+        if fault is not None and fault[0]:
+            names, values = (*SAMPLING_NAMES, "num_draft"), (*self._sampling, self._num_draft)
+            raise_fault(fault, names, values)
+        return self._result
+
+
+class Draw:
+    """A call of the sampling kernel whose arguments are checked."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, sampling: Sampling, index: int) -> None:
+        batch, vocab = logits.shape
+        exchange = _exchange(logits, batch)
+        self._sampling = sampling
+        self._owned = (logits, tokens, exchange)
+        self._arguments = (
+            _common.DTYPE_CODES[logits.dtype],
+            batch,
+            vocab,
+            logits.data_ptr(),
+            logits.stride(0),
+            *addresses(sampling),
+            index,
+            tokens.data_ptr(),
+            tokens.stride(0),
+            0 if exchange is None else exchange.data_ptr(),
+        )
+
+    def __call__(self) -> None:
+        """Write a token for each row of what the logits are now."""
+        fault = _common.call_kernel("sample", self._owned[0], *self._arguments)
+        if fault is not None and fault[0]:
+            raise_fault(fault, SAMPLING_NAMES, self._sampling)
 
 
 def _exchange(logits: Tensor, batch: int) -> Tensor | None:
