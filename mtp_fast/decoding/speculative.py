@@ -20,7 +20,8 @@ from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel, check
 from mtp_fast.decoding.progress import Progress
 from mtp_fast.decoding.rows import pick
 from mtp_fast.models import MTPConfig, MTPTransformer
-from mtp_fast.ops.acceptance import Acceptance, prepare_acceptance, prepare_sample
+from mtp_fast.ops._acceptance_calls import Acceptance
+from mtp_fast.ops.acceptance import prepare_acceptance, prepare_sample
 
 PREFILL_CHUNK = 512
 # New tokens and ends are looked for once in so many steps: on CUDA looking waits for the device.
