@@ -64,10 +64,10 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
   }
 }
 
-// Into the second-level cache, so many bytes ahead that it loads while several rows are computed.
+// Into the nearest cache, so many bytes ahead that it loads while several rows are computed.
 inline void prefetch_ahead(const void* p) {
-  constexpr int64_t kAhead = 8192;
-  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2);
+  constexpr int64_t kAhead = 4096;
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 3);
 }
 
 // A row's products with a panel.
