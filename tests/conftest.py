@@ -41,7 +41,7 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=range(len(SIMD_LEVELS)), ids=SIMD_LEVELS)
 def decode_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same for the kernel that has a use for AMX."""
+    """The same for the kernels that have a use for AMX."""
     yield from _at_level(request)
 
 

@@ -7,10 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#include "common/scratch.h"
 #include "decode_layers/packed.h"
 #include "decode_layers/params.h"
 #include "decode_layers/rows.h"
-#include "decode_layers/scratch.h"
 
 namespace mtp {
 namespace MTP_SIMD {

@@ -15,11 +15,11 @@
 #include <vector>
 
 #include "common/rounds.h"
+#include "common/scratch.h"
 #include "decode_layers/attention.h"
 #include "decode_layers/packed.h"
 #include "decode_layers/params.h"
 #include "decode_layers/rows.h"
-#include "decode_layers/scratch.h"
 #include "few_row_linear/products.h"
 
 namespace mtp {
@@ -198,18 +198,22 @@ template <class T>
 class Unembedding {
  public:
   Unembedding(const DecodeParams& params, int threads, int64_t rows)
-      : p_(params), threads_(threads), rows_(rows), normalized_(rows, params.dim) {}
+      : p_(params),
+        threads_(threads),
+        rows_(rows),
+        normalized_(rows, params.dim),
+        packed_(normalized_.row(0), normalized_.ld, rows, params.dim) {}
 
   template <class F>
   void run(Worker& worker, const float* x, const F& to) {
     for_rows(worker, rows_, [&](int64_t r) {
       normalize(x + r * p_.dim, p_.final_scale, p_.dim, p_.norm_eps, normalized_.row(r));
+      packed_.pack(r);
     });
     const auto piece = [&](int64_t begin, int64_t end) {
-      few_rows::products(normalized_.row(0), normalized_.ld, rows_,
-                         static_cast<const T*>(p_.unembedding) + begin * p_.dim, p_.dim, p_.dim,
-                         end - begin, [&](int64_t r, int64_t o, float value) {
-                           p_.logits[to(r) * p_.vocab + begin + o] = value;
+      few_rows::products(packed_, static_cast<const T*>(p_.unembedding) + begin * p_.dim, p_.dim,
+                         end - begin, [&](int64_t r, int64_t o, const float* values, int64_t n) {
+                           std::copy_n(values, n, p_.logits + to(r) * p_.vocab + begin + o);
                          });
     };
     worker.round(p_.vocab, few_rows::outputs_per_piece(p_.vocab, p_.dim, threads_), piece);
@@ -220,6 +224,7 @@ class Unembedding {
   const int threads_;
   const int64_t rows_;
   const Scratch<T> normalized_;
+  const few_rows::Rows<T> packed_;
 };
 
 }  // namespace

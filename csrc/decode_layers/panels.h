@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/matrix_registers.h"
 #include "common/simd.h"
 #include "common/simd_level.h"
 
@@ -28,14 +29,6 @@ template <class X>
 constexpr int64_t kDepth = std::is_same_v<X, BFloat16> ? 2 : 1;  // inputs that lie together
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
-
-// Inputs with the zeros behind them, of a panel and of each row of x: as many as a matrix register
-// is wide.
-template <class X>
-inline int64_t padded(int64_t in) {
-  constexpr int64_t kWhole = std::is_same_v<X, BFloat16> ? 32 : 1;
-  return (in + kWhole - 1) / kWhole * kWhole;
-}
 
 // Elements of a panel.
 template <class X>
@@ -126,24 +119,6 @@ inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, 
 
 #if defined(__AVX512BF16__)
 
-// Rows that this thread's matrix registers are set up for.
-inline thread_local int64_t matrix_rows = 0;
-
-inline void set_up_matrix_registers(int64_t rows) {
-  if (matrix_rows == rows) return;
-  matrix_rows = rows;
-  struct {  // as ldtilecfg reads it
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  } shapes;
-  for (int i = 0; i < 3; ++i) shapes.rows[i] = static_cast<uint8_t>(rows);
-  for (int i = 3; i < 5; ++i) shapes.rows[i] = 16;  // pairs of inputs
-  // The intrinsic does not say how much is read.
-  __asm__ volatile("" : : "r"(&shapes) : "memory");
-  _tile_loadconfig(&shapes);
-}
-
 // panel_products with the matrix registers of AMX. Numbers 0, 1: sums of 16 rows and 16 outputs; 2:
 // 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up.
 template <class F>
@@ -184,14 +159,6 @@ inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const B
 }
 
 #endif
-
-// A thread that has made products lets go of the matrix registers, which would be saved with it.
-inline void release_matrix_registers() {
-#if defined(__AVX512BF16__)
-  if (matrix_rows > 0) _tile_release();
-  matrix_rows = 0;
-#endif
-}
 
 // Calls take(r, p, sums) for rows r of x (rows, in), `ld` apart, and panels p < count, `step`
 // apart. Both have zeros from `in` on to padded(in).

@@ -1,4 +1,6 @@
 // The CPU kernel of few_row_linear: threads share the weight's rows.
+#include <algorithm>
+
 #include "common/parallel.h"
 #include "few_row_linear/params.h"
 #include "few_row_linear/products.h"
@@ -10,13 +12,18 @@ void few_row_linear_run<SimdLevel::MTP_SIMD>(const FewRowLinearParams& p, int th
   using namespace MTP_SIMD::few_rows;
   dispatch_dtype(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    parallel_for(
-        threads, p.out, outputs_per_piece(p.out, p.in, threads), [&](int64_t begin, int64_t end) {
-          const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_ld;
-          float* y = p.y + begin;
-          products(static_cast<const T*>(p.x), p.in, p.rows, weight, p.weight_ld, p.in, end - begin,
-                   [&](int64_t r, int64_t o, float value) { y[r * p.out + o] = value; });
-        });
+    const Rows<T> x(static_cast<const T*>(p.x), p.in, p.rows, p.in);
+    for (int64_t r = 0; r < p.rows; ++r) x.pack(r);
+    parallel_for(threads, p.out, outputs_per_piece(p.out, p.in, threads),
+                 [&](int64_t begin, int64_t end) {
+                   const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_ld;
+                   float* y = p.y + begin;
+                   products(x, weight, p.weight_ld, end - begin,
+                            [&](int64_t r, int64_t o, const float* values, int64_t n) {
+                              std::copy_n(values, n, y + r * p.out + o);
+                            });
+                   MTP_SIMD::release_matrix_registers();
+                 });
   });
 }
 

@@ -1,7 +1,8 @@
 // Scalar products of a few rows with many. The many, a weight's rows, are read once from memory,
-// where they are; the few stay in the nearest cache. With AVX512_BF16 the bfloat16 products are the
-// processor's own pair products; everywhere else they are float32. A row's sums are made in one
-// order whatever stands beside it.
+// where they are; the few stay in the nearest cache. Products of bfloat16 are the processor's own
+// where it has them, by pairs (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much work
+// as one); everywhere else they are float32. A row's sums are made in one order whatever stands
+// beside it.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,10 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/matrix_registers.h"
+#include "common/scratch.h"
 #include "common/simd.h"
+#include "common/simd_level.h"
 
 namespace mtp {
 namespace MTP_SIMD {
@@ -17,6 +21,50 @@ namespace few_rows {
 
 constexpr int kOutputs = 3;                       // rows of the weight at once
 constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
+
+// Whether products are made on the registers of AMX.
+template <class T>
+inline bool by_matrices() {
+#if defined(__AVX512BF16__)
+  return std::is_same_v<T, BFloat16> && has_amx();
+#else
+  return false;
+#endif
+}
+
+// The rows of x as products() reads them: where they are or, for AMX, copied so that the same pair
+// of inputs of 16 rows lies side by side.
+template <class T>
+class Rows {
+ public:
+  static constexpr int64_t kTogether = 16, kPair = 2;
+
+  Rows(const T* x, int64_t ld, int64_t rows, int64_t in)
+      : x(x),
+        ld(ld),
+        count(rows),
+        in(in),
+        pairs_(by_matrices<T>() ? blocks() * padded<T>(in) / kPair : 0, kTogether * kPair) {}
+
+  // Of each row, by any thread, before products().
+  void pack(int64_t r) const {
+    if (!by_matrices<T>()) return;
+    T* to = block(r / kTogether) + r % kTogether * kPair;
+    for (int64_t i = 0; i < padded<T>(in); i += kPair, to += pairs_.ld) {
+      for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? x[r * ld + i + j] : T{};
+    }
+  }
+
+  int64_t blocks() const { return (count + kTogether - 1) / kTogether; }
+  // Rows [b * kTogether, ...): (padded(in) / kPair, kTogether, kPair).
+  T* block(int64_t b) const { return pairs_.row(b * padded<T>(in) / kPair); }
+
+  const T* const x;
+  const int64_t ld, count, in;
+
+ private:
+  const Scratch<T> pairs_;
+};
 
 // sums[r] = the lanes of a[r] added up, in an order that does not depend on R.
 template <int R>
@@ -119,27 +167,87 @@ void with_rows(int64_t rows, const F& f, std::integer_sequence<int, r...>) {
   (void)((rows == r + 1 && (f(std::integral_constant<int, r + 1>{}), true)) || ...);
 }
 
-// Calls take(r, o, x[r] . weight[o]) for all rows of x and outputs o < out; x and the weight have
-// rows of `in` elements at a distance of x_ld and weight_ld. The weight is read as kOutputs streams
-// side by side: one alone leaves the memory idle.
+#if defined(__AVX512BF16__)
+
+// products() with the matrix registers of AMX. Numbers 0, 1: sums of 16 outputs and 16 rows; 2, 3:
+// 32 inputs of 16 outputs, as they lie in the weight; 4: 32 inputs of 16 rows of x.
+template <class F>
+void matrix_products(const Rows<BFloat16>& x, const BFloat16* weight, int64_t ld, int64_t out,
+                     const F& take) {
+  constexpr int64_t kTile = 16, kInputs = 32, kBytes = sizeof(BFloat16), kLine = kInputs * kBytes;
+  const __m512i column =
+      _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+  alignas(64) BFloat16 edges[2][kTile][kInputs];
+  alignas(64) float sums[2 * kTile][kTile], outputs[2 * kTile];
+  struct Operand {
+    const BFloat16* data;
+    int64_t step;
+  };
+  // At the weight's edges a copy with zeros around it: what lies there instead may not be finite.
+  const auto operand = [&](int64_t o, int64_t i, BFloat16(&edge)[kTile][kInputs]) -> Operand {
+    const BFloat16* from = weight + o * ld + i;
+    if (o + kTile <= out && i + kInputs <= x.in) return {from, ld * kBytes};
+    const __mmask32 inputs = 0xffffffffu >> (kInputs - std::min(kInputs, x.in - i));
+    for (int64_t j = 0; j < kTile; ++j, from += ld) {
+      _mm512_store_si512(edge[j], _mm512_maskz_loadu_epi16(o + j < out ? inputs : 0, from));
+    }
+    return {edge[0], kLine};
+  };
+  set_up_matrix_registers(kTile);
+  for (int64_t o = 0; o < out; o += 2 * kTile) {
+    for (int64_t b = 0; b < x.blocks(); ++b) {
+      const BFloat16* pairs = x.block(b);
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int64_t i = 0; i < x.in; i += kInputs, pairs += kInputs * kTile) {
+        // What comes next, in the order of memory.
+        const BFloat16* next = weight + (o + 2 * kTile) * ld + i * 2 * kTile;
+        for (int64_t j = 0; j < 2 * kTile; ++j) __builtin_prefetch(next + j * kInputs, 0, 2);
+        const Operand first = operand(o, i, edges[0]), second = operand(o + kTile, i, edges[1]);
+        _tile_loadd(4, pairs, kLine);
+        _tile_loadd(2, first.data, first.step);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_loadd(3, second.data, second.step);
+        _tile_dpbf16ps(1, 3, 4);
+      }
+      _tile_stored(0, sums[0], kLine);
+      _tile_stored(1, sums[kTile], kLine);
+      for (int64_t r = 0; r < std::min(kTile, x.count - b * kTile); ++r) {
+        for (int64_t half : {int64_t{0}, kTile}) {
+          _mm512_store_ps(outputs + half, _mm512_i32gather_ps(column, sums[half] + r, 4));
+        }
+        take(b * kTile + r, o, outputs, std::min(2 * kTile, out - o));
+      }
+    }
+  }
+}
+
+#endif
+
+// Calls take(r, o, sums, n) so that sums[j] = x[r] . weight[o + j] of each row of x and each of the
+// `out` outputs comes once; rows of the weight are `ld` apart. Without AMX the weight is read as
+// kOutputs streams side by side: one alone leaves the memory idle.
 template <class T, class F>
-void products(const T* x, int64_t x_ld, int64_t rows, const T* weight, int64_t weight_ld,
-              int64_t in, int64_t out, const F& take) {
+void products(const Rows<T>& x, const T* weight, int64_t ld, int64_t out, const F& take) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (by_matrices<T>()) return matrix_products(x, weight, ld, out, take);
+  }
+#endif
   const int64_t share = (out + kOutputs - 1) / kOutputs;
   for (int64_t o = 0; o < share; ++o) {
     const T* w[kOutputs];
-    for (int j = 0; j < kOutputs; ++j) {
-      w[j] = weight + (o + j * share < out ? o + j * share : o) * weight_ld;
-    }
-    for (int64_t row = 0; row < rows; row += kRows) {
+    for (int j = 0; j < kOutputs; ++j)
+      w[j] = weight + (o + j * share < out ? o + j * share : o) * ld;
+    for (int64_t row = 0; row < x.count; row += kRows) {
       const auto tile = [&](auto count) {
         float sums[kOutputs][kRows];
-        dots<count>(x + row * x_ld, x_ld, w, in, sums);
+        dots<count>(x.x + row * x.ld, x.ld, w, x.in, sums);
         for (int j = 0; j < kOutputs && o + j * share < out; ++j) {
-          for (int r = 0; r < count; ++r) take(row + r, o + j * share, sums[j][r]);
+          for (int r = 0; r < count; ++r) take(row + r, o + j * share, &sums[j][r], 1);
         }
       };
-      with_rows(std::min<int64_t>(kRows, rows - row), tile,
+      with_rows(std::min<int64_t>(kRows, x.count - row), tile,
                 std::make_integer_sequence<int, kRows>{});
     }
   }

@@ -14,6 +14,7 @@
 #include <new>
 
 #include "common/huge_pages.h"
+#include "common/matrix_registers.h"
 #include "common/rounds.h"
 #include "gemm/pack.h"
 #include "gemm/params.h"
@@ -47,17 +48,6 @@ Buffer<T> buffer(int64_t n) {
   if (memory == nullptr) throw std::bad_alloc();
   advise_huge_pages(reinterpret_cast<uintptr_t>(memory.get()), bytes);
   return memory;
-}
-
-void set_up_registers() {
-  struct {  // as ldtilecfg reads it
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } shapes;
-  // The intrinsic does not say how much is read.
-  __asm__ volatile("" : : "r"(&shapes) : "memory");
-  _tile_loadconfig(&shapes);
 }
 
 // Registers 4 and 5 hold a plane of A, 6 and 7 of B, 0 to 3 the sums.
@@ -154,7 +144,7 @@ class Gemm {
         sums_(buffer<float>((depth_ < p.k ? rows_ : threads * kPanel) * sums_width_)) {}
 
   void run(Worker& worker) const {
-    set_up_registers();
+    MTP_SIMD::set_up_matrix_registers(16);
     if (a_packed_) pack_once(worker, a_, a_panels_.get());
     if (b_packed_) pack_once(worker, b_, b_panels_.get());
     for (int64_t row = 0; row < p_.m; row += rows_) {
@@ -169,7 +159,7 @@ class Gemm {
       }
     }
     _mm_sfence();  // after what went past the caches
-    _tile_release();
+    MTP_SIMD::release_matrix_registers();
   }
 
  private:

@@ -1,17 +1,17 @@
-// What the decode kernel keeps while it runs.
+// What a kernel keeps while it runs.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <new>
 
-#include "decode_layers/panels.h"
+#include "common/matrix_registers.h"
 
 namespace mtp {
 namespace MTP_SIMD {
 
 // Scratch rows that start on a cache line, so that a vector of them never lies in two; zeros behind
-// `width` elements up to the next row (panels.h: padded).
+// `width` elements up to the next row (padded).
 template <class T>
 class Scratch {
  public:
