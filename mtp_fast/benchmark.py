@@ -119,7 +119,7 @@ def _run_logged(command: list[str], benches: Path, log_file: Path, console: Cons
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "COLUMNS": "200"}  # pytest's summary gives the errors in full
     with (
-        log_file.open("w") as log,
+        log_file.open("w", buffering=1) as log,  # by lines
         console.status("benches") as status,
         # Not in a checkout's root, where Python would find sources in place of what is installed.
         subprocess.Popen(command, cwd=benches, env=environment, **pipes) as p,

@@ -137,3 +137,18 @@ def test_without_pytest_benchmark(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
     assert cli.main(["bench", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'mtp-fast[bench]'" in capsys.readouterr().err
+
+
+def test_the_log_can_be_followed(tmp_path) -> None:
+    """What a run has said is in the file while it still runs."""
+    log = tmp_path / "bench.log"
+    program = f"""
+import time, pathlib
+print("test_first PASSED [  1%]", flush=True)
+ends = time.monotonic() + 20
+while "test_first" not in pathlib.Path({str(log)!r}).read_text():
+    assert time.monotonic() < ends
+    time.sleep(0.01)
+"""
+    command = [sys.executable, "-c", program]
+    assert benchmark._run_logged(command, tmp_path, log, Console(file=StringIO())) == 0
