@@ -54,8 +54,9 @@ def test_tables_are_those_of_the_committed_results():
     study = importlib.import_module("study")
     text = study.README.read_text()
     assert study.rendered(text) == text
-    for report in study.RESULTS.glob("*.json"):
-        assert f"<!-- {report.stem} -->" in text, f"{report.name} has no table in README.md"
+    for report in study.RESULTS.rglob("*.json"):
+        name = report.relative_to(study.RESULTS).with_suffix("")
+        assert f"<!-- {name} -->" in text, f"{name}.json has no table in README.md"
 
 
 def test_rendering_replaces_what_was_there(monkeypatch, tmp_path):
@@ -64,6 +65,7 @@ def test_rendering_replaces_what_was_there(monkeypatch, tmp_path):
     record = {"history": [{"tokens": 1, "loss": [2.0, 2.25, 2.5, 2.5, 3, 3, 3, 3]}], "step_ms": 5.0}
     runs = [{"n": n, "seed": 0, **record} for n in baseline.HEADS]
     report = {
+        "study": "baseline",
         "arguments": {"budget": 1, "seeds": 1, "threads": 2},
         "machine": {"date": "today", "cpu": "c", "torch": "t", "mtp_fast": "m"},
         "minutes": {"processor": 1.0},
@@ -77,6 +79,10 @@ def test_rendering_replaces_what_was_there(monkeypatch, tmp_path):
     assert "| 2 | 2.000" in text
     assert "2 threads" in text
     assert study.rendered(text) == text
+    (tmp_path / "longer").mkdir()
+    (tmp_path / "baseline.json").rename(tmp_path / "longer" / "baseline.json")
+    moved = "a\n<!-- longer/baseline -->\nstale\n<!-- /longer/baseline -->\nb"
+    assert study.rendered(moved) == text.replace("baseline", "longer/baseline")
 
 
 def test_mean_and_standard_error_over_seeds():

@@ -302,16 +302,17 @@ def plus_minus(mean_and_error: tuple[float, float], digits: int = 3, scale: floa
 def rendered(text: str) -> str:
     """Return `text` with the table of each committed report between the markers of its study.
 
-    The markers are the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+    The markers are the lines ``<!-- NAME -->`` and ``<!-- /NAME -->``; NAME is a file's in the
+    results, DIRECTORY/STUDY for a study that was run with ``--out`` below them.
     """
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
         report = json.loads((RESULTS / f"{name}.json").read_text())
-        study: Study = importlib.import_module(name).STUDY
+        study: Study = importlib.import_module(report["study"]).STUDY
         return f"<!-- {name} -->\n\n{study.text(report)}\n\n<!-- /{name} -->"
 
-    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+(?:/\w+)?) -->.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
