@@ -55,8 +55,12 @@ def training_flops(c: MTPConfig, length: int, *, causal: bool = True) -> int:
     """
     attention = 4 * length**2 * _query_width(c) // (2 if causal else 1)
     blocks = c.n_layers * (2 * length * block_weights(c) + attention)
-    unembeddings = c.n_future_tokens * 2 * length * c.vocab_size * c.dim
-    return 3 * (blocks + unembeddings)
+    return 3 * blocks + unembedding_flops(c, length)
+
+
+def unembedding_flops(c: MTPConfig, length: int) -> int:
+    """Of these, what the heads' losses take: products with the unembedding."""
+    return 3 * c.n_future_tokens * 2 * length * c.vocab_size * c.dim
 
 
 def training_memory(

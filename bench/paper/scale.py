@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost_model as cost
 from mtp_fast.decoding import generate
 from mtp_fast.models import MTPConfig, MTPTransformer
+from mtp_fast.ops.gemm import gemm
 from mtp_fast.training import multi_token_loss
 from study import Report, Study, StudyProgress, table
 
@@ -204,6 +205,9 @@ def check_times(seconds: float, progress: StudyProgress) -> list[Check]:
         work["decode", n] = lambda n=n: seconds_a_step(decoding, n)
     factor = torch.randn(PRODUCT, PRODUCT, dtype=DECODER_DTYPE)
     work["product", 1] = lambda: _timed(lambda: factor @ factor)
+    operand = torch.randn(PRODUCT, PRODUCT)
+    out = torch.empty_like(operand)
+    work["losses' product", 1] = lambda: _timed(lambda: gemm(operand, operand, out))
     times: dict[tuple[str, int], list[float]] = {key: [] for key in work}
     started, repeats = time.process_time(), 0
     while repeats < 3 or time.process_time() - started < seconds:
@@ -220,20 +224,33 @@ def check_times(seconds: float, progress: StudyProgress) -> list[Check]:
         cost.decode_bytes(DECODER, 1, 1, DECODED, DECODER_DTYPE.itemsize) / one,
         math.inf,
     )
+    # Of a training step: with one head and few tokens, where blocks are all, and of the losses.
+    seconds_a_flop = (
+        median["bytes", 1]
+        / cost.training_flops(TRAINED["bytes"], TOKENS[1], causal=False)
+        / TOKENS[0],
+        median["losses' product", 1] / (2 * PRODUCT**3),
+    )
     checks = []
     for n in HEADS[1:]:
         for name, shape in TRAINED.items():
-            flops = [
-                cost.training_flops(replace(shape, n_future_tokens=k), TOKENS[1], causal=False)
-                for k in (1, n)
+            predicted = [
+                training_seconds(replace(shape, n_future_tokens=k), *seconds_a_flop) for k in (1, n)
             ]
             ratio = median[name, n] / median[name, 1]
             quantity = f"training step, {name}, time of {n} heads over 1"
-            checks.append(Check(quantity, exactly(flops[1] / flops[0]), ratio, TIMED))
+            checks.append(Check(quantity, exactly(predicted[1] / predicted[0]), ratio, TIMED))
         least, most = cost.decode_seconds(DECODER, n, 1, DECODED, here)
         quantity = f"decode step, batch 1, time of {n} heads over 1"
         checks.append(Check(quantity, (least / one, most / one), median["decode", n] / one, TIMED))
     return checks
+
+
+def training_seconds(c: MTPConfig, blocks: float, losses: float) -> float:
+    """Of a step, where a FLOP takes `blocks` seconds in the blocks and `losses` in the losses."""
+    all_flops = TOKENS[0] * cost.training_flops(c, TOKENS[1], causal=False)
+    of_losses = TOKENS[0] * cost.unembedding_flops(c, TOKENS[1])
+    return (all_flops - of_losses) * blocks + of_losses * losses
 
 
 def _timed(work: Callable[[], object]) -> float:
