@@ -103,6 +103,15 @@ def test_traffic_is_that_of_three_passes_over_the_parameters():
     assert cost.communication(SHAPE, 2, "headwise") == 3 * cost.parameters(SHAPE) + 2 * 96 * 64
 
 
+def test_a_step_takes_what_blocks_and_losses_take():
+    losses = 3 * SHAPE.n_future_tokens * 2 * scale.TOKENS[1] * SHAPE.vocab_size * SHAPE.dim
+    everything = cost.training_flops(SHAPE, scale.TOKENS[1], causal=False)
+    blocks, losses = (scale.TOKENS[0] * flops for flops in (everything - losses, losses))
+    assert scale.training_seconds(SHAPE, 1.0, 0.0) == blocks
+    assert scale.training_seconds(SHAPE, 0.0, 1.0) == losses
+    assert scale.training_seconds(SHAPE, 2.0, 3.0) == 2 * blocks + 3 * losses
+
+
 def test_a_page_count_sees_the_weights_that_a_step_reads():
     model = MTPTransformer(MTPConfig(256, 256, 9, 4, 4, 8, 704, 64)).eval()
     one, all_heads = (scale.referenced_bytes(model, heads) for heads in (1, 8))
