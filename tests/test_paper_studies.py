@@ -6,6 +6,8 @@ import importlib
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +130,58 @@ def test_training_keeps_to_the_budget():
     assert one["steps"] == two["steps"] > 50
     assert one["history"][-1]["at"] == one["steps"]
     assert len(one["history"]) == 5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Processor time as the test sets it."""
+    study = importlib.import_module("study")
+    time = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(study, "processor_time", lambda: time.now)
+    return time
+
+
+def test_training_fits_where_steps_take_a_tenth_more_than_measured(monkeypatch, clock):
+    study = importlib.import_module("study")
+    trained = study.Trainer.train_step
+    steps = 0
+
+    def train_step(trainer):
+        nonlocal steps
+        steps += 1
+        clock.now += 1.0 if steps <= 4 else 1.1  # the first tell what a step costs
+        return trained(trainer)
+
+    def evaluate(_):
+        clock.now += 2.0 if steps <= 4 else 2.2
+        return {}
+
+    monkeypatch.setattr(study.Trainer, "train_step", train_step)
+    config = MTPConfig(16, 16, 2, 2, 1, 1, ffn_dim=16, max_seq_len=16)
+    training = {"batch_size": 2, "context": 16, "eval_batches": 1}
+    runs = [study.Run({"x": 0}, seed, config, training) for seed in (0, 1)]
+    tokens = torch.randint(16, (1000,)).numpy().astype("uint8")
+    with study.StudyProgress("test") as progress:
+        study.train_all(runs, (tokens, tokens), 200.0, progress, evaluate)
+    assert 180 < clock.now <= 200
+
+
+@pytest.mark.parametrize(("seconds", "least", "count"), [(100, 1, 7), (1, 1, 1), (20, 3, 3)])
+def test_repeats_fit_where_each_takes_a_tenth_more(clock, seconds, least, count):
+    study = importlib.import_module("study")
+    done = []
+    for repeat in study.repeats(seconds, least):
+        clock.now += 10 * 1.1**repeat
+        done.append(repeat)
+    assert done == list(range(count))
+
+
+def test_processor_time_counts_processes_that_have_ended():
+    study = importlib.import_module("study")
+    before = study.processor_time()
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    assert 0.5 < study.processor_time() - before < 5
 
 
 # Induction.

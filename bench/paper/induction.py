@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,16 @@ from matplotlib.figure import Figure
 from mtp_fast.models import MTPConfig
 from mtp_fast.training import Trainer
 from stories import VOCAB_SIZE, split_names, story
-from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
+from study import (
+    Report,
+    Run,
+    Study,
+    StudyProgress,
+    over_seeds,
+    plus_minus,
+    processor_time,
+    train_all,
+)
 
 MODELS = ((1, 4), (2, 4), (1, 3))  # heads, and layers with the heads included
 DIMS = (16, 32, 64)
@@ -65,7 +73,7 @@ class NameTest:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = time.process_time()
+    started = processor_time()
     names, _ = split_names()
     rng = random.Random("training")
     told = [t for _ in range(TRAINING_STORIES) for t in story(names, rng).tokens]
@@ -76,7 +84,7 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
         for dim in arguments.dims
         for n, layers in MODELS
     ]
-    left = 60 * arguments.budget - (time.process_time() - started)
+    left = 60 * arguments.budget - (processor_time() - started)
     corpus = tokens, tokens[: 10 * CONTEXT]
     return {"runs": train_all(runs, corpus, left, progress, NameTest(TEST_STORIES), evaluations=10)}
 

@@ -35,7 +35,7 @@ from mtp_fast.decoding import GenerateResult, generate
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPTransformer, load_checkpoint
 from mtp_fast.training import Corpus, Windows
-from study import Report, Study, StudyProgress, over_seeds, plus_minus
+from study import Report, Study, StudyProgress, over_seeds, plus_minus, processor_time, repeats
 
 SHIPPED = Path(mtp_fast.__file__).parent / "checkpoints" / "stdlib"
 # Batch and context. Prompts end at the same places whatever the context.
@@ -98,7 +98,7 @@ class Case:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = time.process_time()
+    started = processor_time()
     progress.show(0.0, "reading model and text")
     path = SHIPPED if arguments.checkpoint == "shipped" else arguments.checkpoint
     judge = load_checkpoint(path).eval()  # in float32
@@ -115,20 +115,15 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
         for batch, context in SETTINGS
     ]
     # Repeats are interleaved, so that a disturbance of the machine meets all cases.
-    repeat_seconds, repeats = 0.0, 0
-    while repeats == 0 or _spent(started) + repeat_seconds < 60 * arguments.budget:
-        before = _spent(started)
+    spent = lambda: processor_time() - started  # noqa: E731
+    for repeat in repeats(60 * arguments.budget - spent()):
         for case in (case for group in groups for case in group):
-            note = f"repeat {repeats + 1}: batch {case.batch}, context {case.context}"
-            progress.show(min(1.0, _spent(started) / (60 * arguments.budget)), note)
+            note = f"repeat {repeat + 1}: batch {case.batch}, context {case.context}"
+            progress.show(min(1.0, spent() / (60 * arguments.budget)), note)
             case.run(model)
-        repeat_seconds, repeats = _spent(started) - before, repeats + 1
-    records = [r for group in groups for r in _records(group, model, judge, TIES[arguments.dtype])]
-    return {"trunk": model.config.n_trunk_layers, "repeats": repeats, "records": records}
-
-
-def _spent(started: float) -> float:
-    return time.process_time() - started
+        tie = TIES[arguments.dtype]
+        records = [record for group in groups for record in _records(group, model, judge, tie)]
+    return {"trunk": model.config.n_trunk_layers, "repeats": repeat + 1, "records": records}
 
 
 def _records(

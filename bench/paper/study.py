@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import math
 import re
+import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from tables import table  # noqa: E402
 
 RESULTS, README = HERE / "results", HERE / "README.md"
 Report = dict[str, Any]  # what NAME.json holds; a study's own part is under "results"
+MARGIN = 1.15  # what work is given, over what it took before: neighbours on a machine come and go
 
 
 class StudyProgress:
@@ -117,7 +120,7 @@ class Study:
         out = arguments.out
         out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(arguments.threads)
-        wall, processor = time.perf_counter(), time.process_time()
+        wall, processor = time.perf_counter(), processor_time()
         with StudyProgress(self.name) as progress:
             results = self.run(arguments, progress)
         report = {
@@ -126,7 +129,7 @@ class Study:
             "machine": harness.machine(),
             "minutes": {
                 "wall": (time.perf_counter() - wall) / 60,
-                "processor": (time.process_time() - processor) / 60,
+                "processor": (processor_time() - processor) / 60,
             },
             "results": results,
         }
@@ -182,6 +185,12 @@ class Run:
         return Trainer(MTPTransformer(self.model), config, *corpus, Path(directory))
 
 
+def processor_time() -> float:
+    """Seconds of processor time so far, of this process and of those that it has waited for."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def train_all(
     runs: Sequence[Run],
     corpus: tuple[Tokens, Tokens],
@@ -190,7 +199,7 @@ def train_all(
     evaluate: Callable[[Trainer], dict[str, Any]],
     evaluations: int = 5,
 ) -> list[dict[str, Any]]:
-    """Train every run for the same number of steps, the most that fit into the budget.
+    """Train every run for the same number of steps, as many as fit into the budget with a margin.
 
     Parameters
     ----------
@@ -212,9 +221,10 @@ def train_all(
         For each run its labels, ``seed``, ``parameters``, ``steps``, ``step_ms`` (median, processor
         time) and ``history``: ``tokens`` seen so far and what `evaluate` returned.
     """
-    started = time.process_time()
+    started = processor_time()
     costs = _costs(runs, corpus, evaluate, progress)
-    left = seconds - (time.process_time() - started) - evaluations * sum(c[1] for c in costs)
+    left = (seconds - (processor_time() - started)) / MARGIN
+    left -= evaluations * sum(c[1] for c in costs)
     steps = max(evaluations, int(left / sum(c[0] for c in costs)))
     marks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     shares = [steps * step + evaluations * evaluation for step, evaluation in costs]
@@ -226,9 +236,9 @@ def train_all(
         with tempfile.TemporaryDirectory() as directory:
             trainer = run.trainer(corpus, steps, directory)
             while trainer.step < steps:
-                before = time.process_time()
+                before = processor_time()
                 tokens = trainer.train_step().tokens
-                times.append(time.process_time() - before)
+                times.append(processor_time() - before)
                 if trainer.step in marks:
                     trainer.model.eval()
                     history.append({"tokens": tokens, **evaluate(trainer)})
@@ -244,6 +254,25 @@ def train_all(
             }
         )
     return records
+
+
+def repeats(seconds: float, least: int = 1) -> Iterator[int]:
+    """Count repeats of what a caller does: `least`, and more while one fits into the budget.
+
+    Parameters
+    ----------
+    seconds : float
+        Budget of processor time for all of them.
+    least : int
+        How many there are whatever they take.
+    """
+    started, longest = processor_time(), 0.0
+    for repeat in itertools.count():
+        before = processor_time()
+        if repeat >= least and before - started + MARGIN * longest > seconds:
+            return
+        yield repeat
+        longest = max(longest, processor_time() - before)
 
 
 def _costs(
@@ -269,9 +298,9 @@ def _costs(
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
-    before = time.process_time()
+    before = processor_time()
     work()
-    return time.process_time() - before
+    return processor_time() - before
 
 
 def over_seeds(
