@@ -23,6 +23,9 @@ struct Lane {
   // b where either is NaN.
   __device__ friend Lane max(Lane a, Lane b) { return a.v > b.v ? a : b; }
   __device__ friend Lane min(Lane a, Lane b) { return a.v < b.v ? a : b; }
+  __device__ friend Lane select_less(Lane a, Lane b, Lane yes, Lane no) {
+    return a.v < b.v ? yes : no;
+  }
   __device__ friend Lane round(Lane a) { return Lane(rintf(a.v)); }
   // x * 2^n for integral n >= -252, in two halves, since 2^n itself may be subnormal.
   __device__ friend Lane scale_by_power(Lane x, Lane n) {
