@@ -33,29 +33,43 @@ class Worker {
       : team_(team), index_(team.workers.fetch_add(1, std::memory_order_relaxed)) {}
 
   int index() const { return index_; }  // in [0, threads), to find its part of a workspace
-  int64_t rounds_begun() const { return begun_; }
 
-  // Calls f(begin, end) for pieces of [0, n), shared with the other workers; what they did in this
-  // round is done, and seen, when it returns. Results must not depend on who does a piece.
+  // Calls f(next), where next(begin, end) is true as long as there is a piece of [0, n) that this
+  // worker is to do, and says which; what all workers did in this round is done, and seen, when it
+  // returns. Results must not depend on who does a piece.
   template <class F>
-  void round(int64_t n, int64_t grain, const F& f) {
+  void pieces(int64_t n, int64_t grain, const F& f) {
     const int64_t pieces = (n + grain - 1) / grain;
     ++begun_;
     due_ += pieces;
     int64_t done = 0;
-    for (int other = 0; other < threads(); ++other) {
-      const int share = (index_ + other) % threads();
-      const int64_t first = first_piece(pieces, share),
-                    count = first_piece(pieces, share + 1) - first;
-      for (int64_t i; (i = take(share, count)) >= 0; ++done) {
-        const int64_t begin = (first + i) * grain;
-        f(begin, std::min(begin + grain, n));
+    int others = 0;  // whose shares are finished
+    f([&](int64_t& begin, int64_t& end) {
+      for (; others < threads(); ++others) {
+        const int share = (index_ + others) % threads();
+        const int64_t first = first_piece(pieces, share);
+        const int64_t i = take(share, first_piece(pieces, share + 1) - first);
+        if (i < 0) continue;
+        begin = (first + i) * grain;
+        end = std::min(begin + grain, n);
+        ++done;
+        return true;
       }
-    }
+      return false;
+    });
     if (done > 0) team_.done.fetch_add(done, std::memory_order_release);
     for (int spins = 0; team_.done.load(std::memory_order_acquire) < due_; ++spins) {
       if (spins >= kSpins) std::this_thread::yield();  // more threads than processors
     }
+  }
+
+  // The same, calling f(begin, end) for each piece.
+  template <class F>
+  void round(int64_t n, int64_t grain, const F& f) {
+    pieces(n, grain, [&](const auto& next) {
+      int64_t begin, end;
+      while (next(begin, end)) f(begin, end);
+    });
   }
 
  private:

@@ -36,6 +36,31 @@ class Attention {
   const Scratch<X>& attended() const { return attended_; }  // (abreast, rows)
   int64_t products_of_a_head() const { return 2 * p_.rows * reach_ * p_.head_dim; }
 
+  // Fetches the lines of the cache that take() will write of attention head h: they are elsewhere.
+  void prepare(const DecodeBlock& block, int64_t h) const {
+    const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
+    if (key < 0) return;
+    for (int64_t sequence = 0; sequence < p_.batch; ++sequence) {
+      const int64_t first = p_.start[sequence], last = first + p_.rows - 1;
+      const X* keys = cached(block, sequence, value < 0 ? key : value);
+      if (value < 0) {
+        for (int64_t position = first;; position = std::min(position + kLanes, last)) {
+          for (int64_t i = 0; i < p_.head_dim; i += kDepth<X>) {
+            prefetch_to_write(keys + place_in_panels<X>(position, i, cache_.key_step));
+          }
+          if (position == last) break;
+        }
+      } else {
+        for (int64_t position = first; position < last + kDepth<X>; position += kDepth<X>) {
+          for (int64_t i = 0; i < p_.head_dim; i += kLanes) {
+            prefetch_to_write(keys + cache_.values +
+                              place_in_panels<X>(i, position, cache_.value_step));
+          }
+        }
+      }
+    }
+  }
+
   // Bias, norm and rotation of attention head h of a sequence's row r; then to its place.
   void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t sequence, int64_t r,
             float* x) {
@@ -53,7 +78,7 @@ class Attention {
       return;
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
-    if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
+    if (scale != nullptr) normalize(x, 0, 1, scale, size, p_.norm_eps, x, 0);
     const float* cosine = p_.rope + position * 2 * size;
     const float* sine = cosine + size;
     for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {
@@ -86,26 +111,37 @@ class Attention {
     float* scores = scores_.row(worker * p_.rows);
     X* weights = weights_.row(worker * p_.rows);
     float* factors = factors_.row(worker);
-    panel_products(queries_.row(row * p_.n_queries + h), p_.n_queries * queries_.ld, p_.rows, keys,
-                   cache_.key_step, size, panels_of(seen), [&](int64_t r, int64_t p, Sums sums) {
-                     sums.first.store(scores + r * reach_ + p * kPanel);
-                     sums.second.store(scores + r * reach_ + p * kPanel + kLanes);
-                   });
+    const auto one_by_one = [](const X* x, const X* from, int64_t step, int64_t n) {
+      return [=, i = int64_t{0}](Panel<X, X>& panel) mutable {
+        panel = {x, from + i * step, 0, i};
+        return i++ < n;
+      };
+    };
+    panel_products<X, X>(
+        p_.rows, p_.n_queries * queries_.ld, size,
+        one_by_one(queries_.row(row * p_.n_queries + h), keys, cache_.key_step, panels_of(seen)),
+        [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
+          float* to = scores + r * reach_ + panel.index * kPanel;
+          sums.first.store(to);
+          sums.second.store(to + kLanes);
+        });
     for (int64_t r = 0; r < p_.rows; ++r) {
       X* own = weights + r * reach_;
       factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale, own);
       std::fill(own + shared + r, own + padded<X>(seen), X{});
     }
     const auto sum_up = [&](const X* from, int64_t first, int64_t last) {  // of rows [first, last)
-      panel_products(weights, reach_, p_.rows, from, cache_.value_step, seen, panels_of(size),
-                     [&](int64_t r, int64_t p, Sums sums) {
-                       if (r < first || r >= last) return;
-                       X* y = attended_.row(row + r) + h * size + p * kPanel;
-                       const Vec factor(factors[r]);
-                       const int64_t n = size - p * kPanel;
-                       store_some(sums.first * factor, y, n);
-                       if (n > kLanes) store_some(sums.second * factor, y + kLanes, n - kLanes);
-                     });
+      panel_products<X, X>(p_.rows, reach_, seen,
+                           one_by_one(weights, from, cache_.value_step, panels_of(size)),
+                           [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
+                             if (r < first || r >= last) return;
+                             X* y = attended_.row(row + r) + h * size + panel.index * kPanel;
+                             const Vec factor(factors[r]);
+                             const int64_t n = size - panel.index * kPanel;
+                             store_some(sums.first * factor, y, n);
+                             if (n > kLanes)
+                               store_some(sums.second * factor, y + kLanes, n - kLanes);
+                           });
     };
     if (are_finite(values, shared, padded<X>(seen))) return sum_up(values, 0, p_.rows);
     // The weight of what a row does not see is 0, but 0 * NaN is NaN.

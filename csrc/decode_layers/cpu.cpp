@@ -12,7 +12,6 @@
 // made anew by every thread that needs them: that is cheaper than another round.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "common/rounds.h"
 #include "common/scratch.h"
@@ -41,7 +40,6 @@ class Step {
         attention_(params, threads, abreast),
         hidden_(abreast * rows_, params.ffn_dim),
         normalized_(threads * rows_, params.dim),
-        normalized_of_(threads),
         head_(threads * rows_, head_width_) {}
 
   // x (abreast, rows, dim), in place.
@@ -69,39 +67,47 @@ class Step {
   };
   Members all() const { return {0, packed_.group_queries + 2}; }
 
-  // Of block b that is run: a matrix's panel i of `size` elements, from `offset` of its weights.
-  const T* panel(const DecodeBlock* blocks, int64_t b, int64_t offset, int64_t i,
-                 int64_t size) const {
-    return static_cast<const T*>(p_.packed) + (blocks - p_.blocks + b) * packed_.size + offset +
-           i * size;
+  // The weights of block b that is run.
+  const T* weights(const DecodeBlock* blocks, int64_t b) const {
+    return static_cast<const T*>(p_.packed) + (blocks - p_.blocks + b) * packed_.size;
   }
 
-  // One round: calls f(b, begin, end) for pieces of every block's `count` things, which cost `cost`
-  // products each. A piece is not too small, and a thread has four, for whoever has to help.
-  template <class F>
-  void for_pieces(Worker& worker, int64_t count, int64_t cost, const F& f) {
+  // Of `count` things a block, which cost `cost` products each, as many as make a piece: not too
+  // few, and eight pieces a thread, for whoever has to help.
+  int64_t grain(int64_t count, int64_t cost) const {
     constexpr int64_t kSmallest = 8192;
-    const int64_t grain = std::max(
-        {count * abreast_ / (4 * threads_), kSmallest / std::max<int64_t>(cost, 1), int64_t{1}});
-    worker.round(count * abreast_, grain, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t b = begin / count, stop = std::min(end, (b + 1) * count);
-        f(b, begin - b * count, stop - b * count);
-        begin = stop;
-      }
+    return std::max(
+        {count * abreast_ / (8 * threads_), kSmallest / std::max<int64_t>(cost, 1), int64_t{1}});
+  }
+
+  // One round of products: rows(b), `ld` apart, with every block's `count` things of `together`
+  // panels, of which weights(b, i) is number i. A worker asks for rows when he comes to a block.
+  template <class R, class W, class F>
+  void products(Worker& worker, int64_t count, int64_t together, int64_t ld, int64_t in,
+                const R& rows, const W& weights, const F& take) {
+    const int64_t size = together * panel_size<X>(in), of_block = count * together;
+    worker.pieces(count * abreast_, grain(count, size), [&](const auto& piece) {
+      int64_t at = 0, end = 0, block = -1;  // panels of all blocks; the block of the last
+      const X* x = nullptr;
+      const auto next = [&](Panel<T, X>& panel) {
+        if (at == end) {
+          if (!piece(at, end)) return false;
+          at *= together, end *= together;
+        }
+        const int64_t b = at / of_block, i = at++ % of_block;
+        const bool first = b != block;
+        if (first) x = rows(block = b);
+        panel = {x, weights(b, i), b, i, first};
+        return true;
+      };
+      panel_products<T, X>(rows_, ld, in, next, take);
     });
   }
 
-  // The rows of block b, normalised: made at the worker's first piece of the block.
-  const X* normalized(const Worker& worker, const float* x, const float* scale, int64_t b) {
+  // Rows x, normalised by this thread.
+  const X* normalized(const Worker& worker, const float* x, const float* scale) {
     X* y = normalized_.row(worker.index() * rows_);
-    const int64_t key = worker.rounds_begun() * abreast_ + b;
-    if (normalized_of_[worker.index()] != key) {
-      for (int64_t r = 0; r < rows_; ++r) {
-        normalize(x + r * p_.dim, scale, p_.dim, p_.norm_eps, y + r * normalized_.ld);
-      }
-      normalized_of_[worker.index()] = key;
-    }
+    normalize(x, p_.dim, rows_, scale, p_.dim, p_.norm_eps, y, normalized_.ld);
     return y;
   }
 
@@ -109,52 +115,61 @@ class Step {
   void project(Worker& worker, const DecodeBlock* blocks, const float* x, int64_t block_stride,
                Members members) {
     const int64_t taken = members.last - members.first;  // of each group of attention heads
-    for_pieces(worker, p_.n_keys * taken, packed_.head, [&](int64_t b, int64_t begin, int64_t end) {
-      const X* in = normalized(worker, x + b * block_stride, blocks[b].attention_scale, b);
-      float* y = head_.row(worker.index() * rows_);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t place = i / taken * all().last + members.first + i % taken;
-        panel_products(in, normalized_.ld, rows_, panel(blocks, b, 0, place, packed_.head), p_.dim,
-                       packed_.head_panels, [&](int64_t r, int64_t p, Sums sums) {
-                         sums.first.store(y + r * head_width_ + p * kPanel);
-                         sums.second.store(y + r * head_width_ + p * kPanel + kLanes);
-                       });
-        const int64_t h = packed_.head_at(p_, place);
-        for (int64_t sequence = 0; sequence < p_.batch; ++sequence) {
-          for (int64_t r = 0; r < p_.rows; ++r) {
-            attention_.take(worker.index(), blocks[b], b, h, sequence, r,
-                            y + (sequence * p_.rows + r) * head_width_);
-          }
-        }
-      }
-    });
+    const int64_t panels = packed_.head_panels;
+    const auto place = [&](int64_t i) {
+      return i / taken * all().last + members.first + i % taken;
+    };
+    products(
+        worker, p_.n_keys * taken, panels, normalized_.ld, p_.dim,
+        [&](int64_t b) {
+          return normalized(worker, x + b * block_stride, blocks[b].attention_scale);
+        },
+        [&](int64_t b, int64_t i) {
+          const int64_t head = place(i / panels), part = i % panels;
+          if (part == 0) attention_.prepare(blocks[b], packed_.head_at(p_, head));
+          return weights(blocks, b) + (head * panels + part) * panel_size<X>(p_.dim);
+        },
+        [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
+          const int64_t b = panel.block, part = panel.index % panels;
+          float* head = head_.row(worker.index() * rows_ + r);
+          sums.first.store(head + part * kPanel);
+          sums.second.store(head + part * kPanel + kLanes);
+          if (part + 1 < panels) return;
+          const int64_t h = packed_.head_at(p_, place(panel.index / panels));
+          attention_.take(worker.index(), blocks[b], b, h, r / p_.rows, r % p_.rows, head);
+        });
   }
 
   void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
-    const int64_t dim = p_.dim, ffn = p_.ffn_dim, size = panel_size<X>(dim);
-    for_pieces(worker, p_.batch * p_.n_queries, attention_.products_of_a_head(),
-               [&](int64_t b, int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   attention_.attend(worker.index(), blocks[b], b, i / p_.n_queries,
-                                     i % p_.n_queries);
-                 }
-               });
+    const int64_t heads = p_.batch * p_.n_queries;
+    worker.round(heads * abreast_, grain(heads, attention_.products_of_a_head()),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t b = i / heads, h = i % heads;
+                     attention_.attend(worker.index(), blocks[b], b, h / p_.n_queries,
+                                       h % p_.n_queries);
+                   }
+                 });
     add_products(worker, attention_.attended(), p_.n_queries * p_.head_dim, blocks, packed_.out, x);
-    for_pieces(worker, packed_.ffn_panels, size, [&](int64_t b, int64_t begin, int64_t end) {
-      const X* in = normalized(worker, x + b * rows_ * dim, blocks[b].ffn_scale, b);
-      panel_products(in, normalized_.ld, rows_, panel(blocks, b, packed_.gate_up, begin, size), dim,
-                     end - begin, [&](int64_t r, int64_t p, Sums sums) {
-                       const int64_t unit = (begin + p) * kLanes;
-                       store_some(gated(sums), hidden_.row(b * rows_ + r) + unit, ffn - unit);
-                     });
-    });
-    add_products(worker, hidden_, ffn, blocks, packed_.down, x);
+    products(
+        worker, packed_.ffn_panels, 1, normalized_.ld, p_.dim,
+        [&](int64_t b) { return normalized(worker, x + b * rows_ * p_.dim, blocks[b].ffn_scale); },
+        [&](int64_t b, int64_t i) {
+          for (int64_t r = 0; r < rows_; ++r) {
+            prefetch_to_write(hidden_.row(b * rows_ + r) + i * kLanes);
+          }
+          return weights(blocks, b) + packed_.gate_up + i * panel_size<X>(p_.dim);
+        },
+        [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
+          const int64_t unit = panel.index * kLanes;
+          store_some(gated(sums), hidden_.row(panel.block * rows_ + r) + unit, p_.ffn_dim - unit);
+        });
+    add_products(worker, hidden_, p_.ffn_dim, blocks, packed_.down, x);
   }
 
   // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
   void add_products(Worker& worker, const Scratch<X>& in, int64_t n, const DecodeBlock* blocks,
                     int64_t offset, float* x) {
-    const int64_t dim = p_.dim, size = panel_size<X>(n);
     const auto add = [](Vec sum, float* y, int64_t count) {
       if (count >= kLanes) {
         (Vec::load(y) + sum).store(y);
@@ -162,15 +177,22 @@ class Step {
         (Vec::load(y, count, sum) + sum).store(y, count);
       }
     };
-    for_pieces(worker, panels_of(dim), size, [&](int64_t b, int64_t begin, int64_t end) {
-      panel_products(in.row(b * rows_), in.ld, rows_, panel(blocks, b, offset, begin, size), n,
-                     end - begin, [&](int64_t r, int64_t p, Sums sums) {
-                       const int64_t o = (begin + p) * kPanel;
-                       float* y = x + (b * rows_ + r) * dim + o;
-                       add(sums.first, y, dim - o);
-                       add(sums.second, y + kLanes, dim - o - kLanes);
-                     });
-    });
+    products(
+        worker, panels_of(p_.dim), 1, in.ld, n, [&](int64_t b) { return in.row(b * rows_); },
+        [&](int64_t b, int64_t i) {
+          for (int64_t r = 0; r < rows_; ++r) {
+            const float* y = x + (b * rows_ + r) * p_.dim + i * kPanel;
+            prefetch_to_write(y);
+            prefetch_to_write(y + kLanes);
+          }
+          return weights(blocks, b) + offset + i * panel_size<X>(n);
+        },
+        [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
+          const int64_t o = panel.index * kPanel;
+          float* y = x + (panel.block * rows_ + r) * p_.dim + o;
+          add(sums.first, y, p_.dim - o);
+          add(sums.second, y + kLanes, p_.dim - o - kLanes);
+        });
   }
 
   const DecodeParams& p_;
@@ -178,10 +200,9 @@ class Step {
   const int threads_;
   const int64_t abreast_, rows_, head_width_;
   Attention<X> attention_;
-  const Scratch<X> hidden_;             // (abreast, rows) of ffn_dim
-  const Scratch<X> normalized_;         // (threads, rows) of dim
-  std::vector<int64_t> normalized_of_;  // (threads): which round and block that is
-  const Scratch<float> head_;           // (threads, rows) of head_width
+  const Scratch<X> hidden_;      // (abreast, rows) of ffn_dim
+  const Scratch<X> normalized_;  // (threads, rows) of dim
+  const Scratch<float> head_;    // (threads, rows) of head_width
 };
 
 // Calls f(r) for rows r < n: one round.
@@ -192,40 +213,27 @@ void for_rows(Worker& worker, int64_t n, const F& f) {
   });
 }
 
-// The final norm of x (rows, dim) and the products with the unembedding. Row r gives row to(r) of
-// the logits. Two rounds.
-template <class T>
-class Unembedding {
- public:
-  Unembedding(const DecodeParams& params, int threads, int64_t rows)
-      : p_(params),
-        threads_(threads),
-        rows_(rows),
-        normalized_(rows, params.dim),
-        packed_(normalized_.row(0), normalized_.ld, rows, params.dim) {}
-
-  template <class F>
-  void run(Worker& worker, const float* x, const F& to) {
-    for_rows(worker, rows_, [&](int64_t r) {
-      normalize(x + r * p_.dim, p_.final_scale, p_.dim, p_.norm_eps, normalized_.row(r));
-      packed_.pack(r);
-    });
-    const auto piece = [&](int64_t begin, int64_t end) {
-      few_rows::products(packed_, static_cast<const T*>(p_.unembedding) + begin * p_.dim, p_.dim,
+// One round: the final norm of x (rows, dim) and the products with the unembedding. Row r gives row
+// to(r) of the logits. Each thread makes the norm for itself: rows packed side by side share lines.
+template <class T, class F>
+void unembed(Worker& worker, const DecodeParams& p, int threads, const float* x, int64_t rows,
+             const F& to) {
+  const int64_t grain = few_rows::outputs_per_piece(p.vocab, p.dim, threads);
+  worker.pieces(p.vocab, grain, [&](const auto& next) {
+    int64_t begin, end;
+    if (!next(begin, end)) return;
+    const Scratch<T> normalized(rows, p.dim);
+    const few_rows::Rows<T> packed(normalized.row(0), normalized.ld, rows, p.dim);
+    normalize(x, p.dim, rows, p.final_scale, p.dim, p.norm_eps, normalized.row(0), normalized.ld);
+    for (int64_t r = 0; r < rows; ++r) packed.pack(r);
+    do {
+      few_rows::products(packed, static_cast<const T*>(p.unembedding) + begin * p.dim, p.dim,
                          end - begin, [&](int64_t r, int64_t o, const float* values, int64_t n) {
-                           std::copy_n(values, n, p_.logits + to(r) * p_.vocab + begin + o);
+                           std::copy_n(values, n, p.logits + to(r) * p.vocab + begin + o);
                          });
-    };
-    worker.round(p_.vocab, few_rows::outputs_per_piece(p_.vocab, p_.dim, threads_), piece);
-  }
-
- private:
-  const DecodeParams& p_;
-  const int threads_;
-  const int64_t rows_;
-  const Scratch<T> normalized_;
-  const few_rows::Rows<T> packed_;
-};
+    } while (next(begin, end));
+  });
+}
 
 }  // namespace
 }  // namespace MTP_SIMD
@@ -270,7 +278,6 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
     const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
     const Scratch<float> x(rows, p.dim);
     Step<T, decltype(row)> layers(p, threads, 1), drafting(p, threads, heads);
-    Unembedding<T> unembedding(p, threads, p.logits != nullptr ? rows : 0);
     run_rounds(threads, [&](Worker& worker) {
       for_rows(worker, rows, [&](int64_t r) {
         convert(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
@@ -285,10 +292,10 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
       }
       if (heads > 0) drafting.store_keys_values(worker, p.blocks + p.n_layers, p.trunk);
       if (p.logits != nullptr) {
-        unembedding.run(worker, x.row(0), [](int64_t r) { return r; });
+        unembed<T>(worker, p, threads, x.row(0), rows, [](int64_t r) { return r; });
       } else {
         for_rows(worker, rows, [&](int64_t r) {
-          normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
+          normalize(x.row(r), 0, 1, p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim, 0);
         });
       }
       release_matrix_registers();
@@ -304,7 +311,6 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
     const int64_t heads = p.n_blocks - p.n_layers, rows = heads * p.batch;
     const Scratch<float> x(rows, p.dim);
     Step<T, decltype(row)> drafting(p, threads, heads);
-    Unembedding<T> unembedding(p, threads, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = r % p.batch;
       memcpy(x.row(r), p.trunk + (b * p.trunk_rows + p.trunk_row[b]) * p.dim,
@@ -314,7 +320,7 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
     const auto place = [&](int64_t r) { return r % p.batch * heads + r / p.batch; };
     run_rounds(threads, [&](Worker& worker) {
       drafting.read(worker, p.blocks + p.n_layers, x.row(0));
-      unembedding.run(worker, x.row(0), place);
+      unembed<T>(worker, p, threads, x.row(0), rows, place);
       if (p.drafts != nullptr) {
         for_rows(worker, rows, [&](int64_t r) {
           p.drafts[r % p.batch * p.drafts_ld + r / p.batch] =

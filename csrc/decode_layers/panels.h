@@ -63,6 +63,24 @@ inline void prefetch_ahead(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 3);
 }
 
+// Into the nearest cache, to be written. Not by a builtin: functions of nothing else are left out.
+inline void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1, 3);
+#endif
+}
+
+// A panel, the rows to multiply with it, and the caller's numbers for it.
+template <class T, class X>
+struct Panel {
+  const X* x;
+  const T* weights;
+  int64_t block, index;
+  bool fresh = false;  // the rows may be in another core's cache
+};
+
 // A row's products with a panel.
 struct Sums {
   Vec first, second;
@@ -120,27 +138,41 @@ inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, 
 #if defined(__AVX512BF16__)
 
 // panel_products with the matrix registers of AMX. Numbers 0, 1: sums of 16 rows and 16 outputs; 2:
-// 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up.
-template <class F>
-inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const BFloat16* panels,
-                            int64_t step, int64_t in, int64_t count, const F& take) {
+// 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up. Sums are
+// handed over a row at a time between the products that follow: what is made of them takes place
+// while these wait for memory.
+template <class N, class F>
+inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
+  using P = Panel<BFloat16, BFloat16>;
   constexpr int64_t kRows = 16, kInputs = 32, kLine = 64 / sizeof(BFloat16);
-  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel;
+  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kAhead = 4;
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
   set_up_matrix_registers(tile_rows);
   alignas(64) float sums[2][kRows][kLanes];
-  for (int64_t p = 0; p < count; ++p, panels += step) {
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
-      _tile_zero(0);
-      _tile_zero(1);
-      const BFloat16* w = panels;
-      for (int64_t i = 0; i < in; i += kInputs, w += kInputs * kPanel) {
+  P panel{}, summed{};  // the present one, and the one that the sums are of
+  int64_t row = rows, summed_first = 0, from = 0, to = 0;  // which of its rows are to be taken
+  for (bool more = true; more; row += kRows) {
+    if (row >= rows) {
+      more = next(panel);
+      row = 0;
+    }
+    const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
+    const int64_t steps = more ? in / kInputs : 0;
+    const BFloat16 *x = panel.x + first * ld, *w = panel.weights;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t i = 0; i < steps || from < to; ++i) {
+      if (i < steps) {
         const auto prefetch = [&](int64_t quarter) __attribute__((always_inline)) {
           for (int64_t line = 0; line < 8; ++line) prefetch_ahead(w + (8 * quarter + line) * kLine);
         };
+        if (panel.fresh && i + kAhead < steps) {
+          for (int64_t r = 0; r < tile_rows; ++r) {
+            __builtin_prefetch(x + r * ld + (i + kAhead) * kInputs, 0, 3);
+          }
+        }
         prefetch(0);
-        _tile_loadd(2, x + first * ld + i, x_bytes);
+        _tile_loadd(2, x + i * kInputs, x_bytes);
         prefetch(1);
         _tile_loadd(3, w, kPairBytes);
         prefetch(2);
@@ -148,47 +180,44 @@ inline void matrix_products(const BFloat16* x, int64_t ld, int64_t rows, const B
         prefetch(3);
         _tile_loadd(4, w + kPanel, kPairBytes);
         _tile_dpbf16ps(1, 2, 4);
+        w += kInputs * kPanel;
       }
-      _tile_stored(0, sums[0], sizeof sums[0][0]);
-      _tile_stored(1, sums[1], sizeof sums[1][0]);
-      for (int64_t r = row - first; r < tile_rows; ++r) {
-        take(first + r, p, Sums{Vec::load(sums[0][r]), Vec::load(sums[1][r])});
+      if (from < to) {
+        const Sums both{Vec::load(sums[0][from]), Vec::load(sums[1][from])};
+        take(summed, summed_first + from++, both);
       }
     }
+    _tile_stored(0, sums[0], sizeof sums[0][0]);
+    _tile_stored(1, sums[1], sizeof sums[1][0]);
+    summed = panel, summed_first = first, from = row - first, to = tile_rows;
   }
 }
 
 #endif
 
-// Calls take(r, p, sums) for rows r of x (rows, in), `ld` apart, and panels p < count, `step`
-// apart. Both have zeros from `in` on to padded(in).
-template <class T, class X, class F>
-inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t step,
-                           int64_t in, int64_t count, const F& take) {
+// The products of rows (`rows`, in), `ld` apart, with panels: next(panel) is true as long as there
+// is another, and says which. Calls take(panel, r, sums) for each panel, in their order, and each
+// of its rows. Rows and panels have zeros from `in` on to padded(in).
+template <class T, class X, class N, class F>
+inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<X, BFloat16>) {
-    if (has_amx()) {
-      return matrix_products(x, ld, rows, panels, step, padded<X>(in), count, take);
-    }
+    if (has_amx()) return matrix_products(rows, ld, padded<X>(in), next, take);
   }
 #endif
-  for (int64_t p = 0; p < count; ++p, panels += step) {
+  for (Panel<T, X> panel; next(panel);) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t n = std::min<int64_t>(kTileRows, rows - row);
       Sums sums[kTileRows];
       with_row_count(
-          n, [&](auto tile) { panel_sums(x + row * ld, ld, panels, padded<X>(in), sums, tile); },
+          n,
+          [&](auto tile) {
+            panel_sums(panel.x + row * ld, ld, panel.weights, padded<X>(in), sums, tile);
+          },
           std::make_integer_sequence<int, kTileRows>{});
-      for (int64_t r = 0; r < n; ++r) take(row + r, p, sums[r]);
+      for (int64_t r = 0; r < n; ++r) take(panel, row + r, sums[r]);
     }
   }
-}
-
-// The same for panels one behind the other.
-template <class T, class X, class F>
-inline void panel_products(const X* x, int64_t ld, int64_t rows, const T* panels, int64_t in,
-                           int64_t count, const F& take) {
-  panel_products(x, ld, rows, panels, panel_size<X>(in), in, count, take);
 }
 
 }  // namespace MTP_SIMD

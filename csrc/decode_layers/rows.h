@@ -45,15 +45,30 @@ inline void convert(const T* x, int64_t n, U* y) {
   if (i < n) Vec::load(x + i, n - i, Vec(0.0f)).store(y + i, n - i);
 }
 
-// RMSNorm of x (n) times `scale`; y may be x.
+// RMSNorm of each row of x (rows, n) times `scale`; y may be x. What the rows need of memory, which
+// another core may have written, is waited for at once.
 template <class X>
-inline void normalize(const float* x, const float* scale, int64_t n, float eps, X* y) {
-  const Vec factor(1.0f / std::sqrt(square_sum(x, n) / static_cast<float>(n) + eps)), zero(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    (Vec::load(x + i) * factor * Vec::load(scale + i)).store(y + i);
-  if (const int64_t rest = n - i; rest > 0) {
-    (Vec::load(x + i, rest, zero) * factor * Vec::load(scale + i, rest, zero)).store(y + i, rest);
+inline void normalize(const float* x, int64_t ld, int64_t rows, const float* scale, int64_t n,
+                      float eps, X* y, int64_t y_ld) {
+  constexpr int64_t kTogether = 16;
+  const Vec zero(0.0f);
+  for (int64_t row = 0; row < rows; row += kTogether, x += kTogether * ld, y += kTogether * y_ld) {
+    const int64_t count = std::min(kTogether, rows - row);
+    float factors[kTogether];
+    for (int64_t r = 0; r < count; ++r) factors[r] = square_sum(x + r * ld, n);
+    for (int64_t r = 0; r < count; ++r) {
+      const Vec factor(1.0f / std::sqrt(factors[r] / static_cast<float>(n) + eps));
+      const float* from = x + r * ld;
+      X* to = y + r * y_ld;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) {
+        (Vec::load(from + i) * factor * Vec::load(scale + i)).store(to + i);
+      }
+      if (const int64_t rest = n - i; rest > 0) {
+        const Vec weight = Vec::load(scale + i, rest, zero);
+        (Vec::load(from + i, rest, zero) * factor * weight).store(to + i, rest);
+      }
+    }
   }
 }
 
