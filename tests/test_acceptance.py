@@ -156,19 +156,18 @@ def test_filters_keep_exactly_the_prefix_of_the_sort(dtype: torch.dtype, simd_le
 
 def test_vanishing_probabilities_take_no_longer(simd_level: str) -> None:
     """Neither low temperatures nor masked logits: subnormal weights would take 10 times as long."""
-    logits = 3 * torch.randn(1, 4, 32_000, generator=torch.Generator().manual_seed(0))
+    logits = 3 * torch.randn(4, 32_000, generator=torch.Generator().manual_seed(0))
     masked = logits.masked_fill(torch.arange(32_000) % 7 == 0, -float("inf"))
-    drafts = logits[:, :3].argmax(-1)
 
-    def seconds(target: Tensor, temperature: float) -> float:
-        def run() -> AcceptResult:
-            return speculative_accept(target, drafts, temperature=temperature, seed=1)
+    def seconds(logits: Tensor, temperature: float) -> float:
+        def run() -> Tensor:
+            return sample(logits, temperature=temperature, seed=1)
 
         return min(timeit.repeat(run, number=1, repeat=20))
 
     usual = seconds(logits, 1.0)
-    assert seconds(logits, 0.1) < 4 * usual
-    assert seconds(masked, 1.0) < 4 * usual
+    assert seconds(logits, 0.1) < 3 * usual
+    assert seconds(masked, 1.0) < 3 * usual
 
 
 def test_top_p_of_a_wide_row_needs_many_bins() -> None:

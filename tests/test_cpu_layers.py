@@ -175,6 +175,14 @@ def test_rows_outside_the_cache_are_refused(start):
         cached.step(torch.zeros(2, 2, dtype=torch.int64), rows)
 
 
+@torch.no_grad()
+def test_no_rows_give_no_logits(decode_level):
+    cached = IncrementalModel(sharp_model().bfloat16(), 2, batch=2, capacity=8)
+    zero = torch.zeros(2, dtype=torch.int64)
+    trunk, logits = cached.step(torch.zeros(2, 0, dtype=torch.int64), cached.rows(zero, 0, 8))
+    assert trunk.shape[:2] == logits.shape[:2] == (2, 0)
+
+
 @pytest.mark.parametrize("row", [-1, 2])
 @torch.no_grad()
 def test_rows_that_were_not_run_are_refused(row):

@@ -70,12 +70,13 @@ MTP_HD inline float exponent_scale(double temperature) {
   return scale > FLT_MIN ? static_cast<float>(scale) : FLT_MIN;
 }
 
-// 2^t for t <= 0: exactly 1 at 0, exactly 0 up to -125, so that no result is subnormal, which takes
-// processors 200 cycles, else within 1.3e-7 of the true value, relative. NaN counts as -inf, t > 0
-// as 0. Operations that round alike everywhere, so that draws agree between backends.
+// 2^t for t <= 0: exactly 1 at 0, exactly 0 up to -100, else within 1.3e-7 of the true value,
+// relative. NaN counts as -inf, t > 0 as 0. The bound keeps results, and probabilities made of
+// them, from being subnormal, which takes processors 200 cycles. Operations that round alike
+// everywhere, so that draws agree between backends.
 template <class F>
 MTP_HD F exp2_of_nonpositive(F t) {
-  const F least(-125.0f), bounded = min(max(t, least), F(0.0f));  // in this order NaN is -125
+  const F least(-100.0f), bounded = min(max(t, least), F(0.0f));  // in this order NaN is -100
   const F n = round(bounded);
   const F f = bounded - n;
   F p = fma(F(1.326472731e-3f), f, F(9.671512991e-3f));

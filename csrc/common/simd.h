@@ -154,7 +154,7 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // In two halves, since 2^n itself may be subnormal.
+  // In two halves, since 2^128 is no float.
   friend Vec scale_by_power(Vec x, Vec n) {
     const __m256i whole = _mm256_cvtps_epi32(n.v);
     const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -233,7 +233,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
   // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer in the default mode.
   friend Vec round(Vec a) { return (a + Vec(12582912.0f)) - Vec(12582912.0f); }
-  // In two halves, since 2^n itself may be subnormal.
+  // In two halves, since 2^128 is no float.
   friend Vec scale_by_power(Vec x, Vec n) {
     const Int4 whole = __builtin_convertvector(n.v, Int4), half = whole >> 1;
     return x * Vec((Float4)((half + 127) << 23)) * Vec((Float4)((whole - half + 127) << 23));

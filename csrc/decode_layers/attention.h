@@ -78,7 +78,7 @@ class Attention {
       return;
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
-    if (scale != nullptr) normalize(x, 0, 1, scale, size, p_.norm_eps, x, 0);
+    if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
     const float* cosine = p_.rope + position * 2 * size;
     const float* sine = cosine + size;
     for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {

@@ -273,6 +273,7 @@ void decode_pack<SimdLevel::MTP_SIMD>(const DecodeShape& shape, const DecodeWeig
 template <>
 void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
+  if (p.batch * p.rows == 0) return;
   with_types(p.dtype, [&](auto storage, auto row) {
     using T = decltype(storage);
     const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
@@ -295,7 +296,7 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
         unembed<T>(worker, p, threads, x.row(0), rows, [](int64_t r) { return r; });
       } else {
         for_rows(worker, rows, [&](int64_t r) {
-          normalize(x.row(r), 0, 1, p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim, 0);
+          normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
         });
       }
       release_matrix_registers();

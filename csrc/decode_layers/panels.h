@@ -151,10 +151,14 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
   alignas(64) float sums[2][kRows][kLanes];
   P panel{}, summed{};  // the present one, and the one that the sums are of
   int64_t row = rows, summed_first = 0, from = 0, to = 0;  // which of its rows are to be taken
-  for (bool more = true; more; row += kRows) {
+  for (bool more = true;; row += kRows) {
     if (row >= rows) {
       more = next(panel);
       row = 0;
+      __asm__ volatile(""
+                       :
+                       :
+                       : "memory");  // what it made of x: the intrinsics do not say they read
     }
     const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
     const int64_t steps = more ? in / kInputs : 0;
@@ -187,6 +191,7 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
         take(summed, summed_first + from++, both);
       }
     }
+    if (!more) return;
     _tile_stored(0, sums[0], sizeof sums[0][0]);
     _tile_stored(1, sums[1], sizeof sums[1][0]);
     summed = panel, summed_first = first, from = row - first, to = tile_rows;

@@ -52,12 +52,12 @@ inline void normalize(const float* x, int64_t ld, int64_t rows, const float* sca
                       float eps, X* y, int64_t y_ld) {
   constexpr int64_t kTogether = 16;
   const Vec zero(0.0f);
-  for (int64_t row = 0; row < rows; row += kTogether, x += kTogether * ld, y += kTogether * y_ld) {
-    const int64_t count = std::min(kTogether, rows - row);
-    float factors[kTogether];
-    for (int64_t r = 0; r < count; ++r) factors[r] = square_sum(x + r * ld, n);
-    for (int64_t r = 0; r < count; ++r) {
-      const Vec factor(1.0f / std::sqrt(factors[r] / static_cast<float>(n) + eps));
+  for (int64_t row = 0; row < rows; row += kTogether) {
+    const int64_t end = std::min(row + kTogether, rows);
+    float squares[kTogether];
+    for (int64_t r = row; r < end; ++r) squares[r - row] = square_sum(x + r * ld, n);
+    for (int64_t r = row; r < end; ++r) {
+      const Vec factor(1.0f / std::sqrt(squares[r - row] / static_cast<float>(n) + eps));
       const float* from = x + r * ld;
       X* to = y + r * y_ld;
       int64_t i = 0;
@@ -70,6 +70,12 @@ inline void normalize(const float* x, int64_t ld, int64_t rows, const float* sca
       }
     }
   }
+}
+
+// The same of one row.
+template <class X>
+inline void normalize(const float* x, const float* scale, int64_t n, float eps, X* y) {
+  normalize(x, n, 1, scale, n, eps, y, n);
 }
 
 // y (n) = exp(scale * (scores - max)); returns their sum, before they are rounded.

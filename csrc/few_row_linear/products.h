@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -50,8 +51,11 @@ class Rows {
   void pack(int64_t r) const {
     if (!by_matrices<T>()) return;
     T* to = block(r / kTogether) + r % kTogether * kPair;
-    for (int64_t i = 0; i < padded<T>(in); i += kPair, to += pairs_.ld) {
-      for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? x[r * ld + i + j] : T{};
+    const T* from = x + r * ld;
+    int64_t i = 0;
+    for (; i + kPair <= in; i += kPair, to += pairs_.ld) memcpy(to, from + i, kPair * sizeof(T));
+    for (; i < padded<T>(in); i += kPair, to += pairs_.ld) {
+      for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? from[i + j] : T{};
     }
   }
 
