@@ -18,16 +18,7 @@ from matplotlib.figure import Figure
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPConfig
 from mtp_fast.training import BYTE_VOCAB_SIZE, Corpus
-from study import (
-    Report,
-    Run,
-    Study,
-    StudyProgress,
-    over_seeds,
-    plus_minus,
-    processor_time,
-    train_all,
-)
+from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 N = 4
 MODEL = MTPConfig(BYTE_VOCAB_SIZE, 64, 7, 2, 1, N, ffn_dim=176, max_seq_len=128)
@@ -44,15 +35,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     corpus = Corpus(tuple(standard_library())).read()
     runs = [
         Run({"variant": name}, seed, MODEL, {**TRAINING, **changes})
         for seed in range(arguments.seeds)
         for name, changes in VARIANTS.items()
     ]
-    left = 60 * arguments.budget - (processor_time() - started)
-    return {"runs": train_all(runs, corpus, left, progress, lambda t: {"loss": t.validate()})}
+    return {
+        "runs": train_all(runs, corpus, progress.left, progress, lambda t: {"loss": t.validate()})
+    }
 
 
 def _head_0(point: dict[str, Any]) -> float:

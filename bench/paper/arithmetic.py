@@ -23,16 +23,7 @@ from matplotlib.figure import Figure
 from mtp_fast.models import MTPConfig
 from mtp_fast.training import Trainer
 from polynomials import SEPARATOR, VOCAB_SIZE, problem
-from study import (
-    Report,
-    Run,
-    Study,
-    StudyProgress,
-    over_seeds,
-    plus_minus,
-    processor_time,
-    train_all,
-)
+from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 HEADS = (1, 2, 4)
 CONTEXT = 64
@@ -80,7 +71,6 @@ class ProblemTest:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     rng = random.Random("training")
     setting = arguments.degree, arguments.pauses
     told: list[int] = []
@@ -100,8 +90,9 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
         for seed in range(arguments.seeds)
         for n in HEADS
     ]
-    left = 60 * arguments.budget - (processor_time() - started)
-    return {"runs": train_all(runs, (tokens, tokens[: 10 * CONTEXT]), left, progress, test)}
+    return {
+        "runs": train_all(runs, (tokens, tokens[: 10 * CONTEXT]), progress.left, progress, test)
+    }
 
 
 def _by_operations(report: Report) -> list[dict[tuple[Any, ...], tuple[float, float]]]:

@@ -18,17 +18,7 @@ from matplotlib.figure import Figure
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.training import BYTE_VOCAB_SIZE, Corpus, multi_token_loss
-from study import (
-    Report,
-    Run,
-    Study,
-    StudyProgress,
-    harness,
-    over_seeds,
-    plus_minus,
-    processor_time,
-    train_all,
-)
+from study import Report, Run, Study, StudyProgress, harness, over_seeds, plus_minus, train_all
 
 HEADS = (1, 2, 4, 8)
 BATCH, CONTEXT = 8, 128
@@ -49,15 +39,13 @@ def memory(n: int) -> float:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     progress.show(0.0, "measuring memory")
     peaks = {str(n): harness.in_fresh_process(memory, n) for n in HEADS}
     corpus = Corpus(tuple(standard_library())).read()
     runs = [
         Run({"n": n}, seed, model_of(n), TRAINING) for seed in range(arguments.seeds) for n in HEADS
     ]
-    left = 60 * arguments.budget - (processor_time() - started)
-    records = train_all(runs, corpus, left, progress, lambda t: {"loss": t.validate()})
+    records = train_all(runs, corpus, progress.left, progress, lambda t: {"loss": t.validate()})
     return {"memory_mib": peaks, "runs": records}
 
 

@@ -22,16 +22,7 @@ from matplotlib.figure import Figure
 from mtp_fast.models import MTPConfig
 from mtp_fast.training import Trainer
 from stories import VOCAB_SIZE, split_names, story
-from study import (
-    Report,
-    Run,
-    Study,
-    StudyProgress,
-    over_seeds,
-    plus_minus,
-    processor_time,
-    train_all,
-)
+from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 MODELS = ((1, 4), (2, 4), (1, 3))  # heads, and layers with the heads included
 DIMS = (16, 32, 64)
@@ -73,7 +64,6 @@ class NameTest:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     names, _ = split_names()
     rng = random.Random("training")
     told = [t for _ in range(TRAINING_STORIES) for t in story(names, rng).tokens]
@@ -84,9 +74,12 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
         for dim in arguments.dims
         for n, layers in MODELS
     ]
-    left = 60 * arguments.budget - (processor_time() - started)
     corpus = tokens, tokens[: 10 * CONTEXT]
-    return {"runs": train_all(runs, corpus, left, progress, NameTest(TEST_STORIES), evaluations=10)}
+    return {
+        "runs": train_all(
+            runs, corpus, progress.left, progress, NameTest(TEST_STORIES), evaluations=10
+        )
+    }
 
 
 def _final(record: dict[str, Any]) -> float:

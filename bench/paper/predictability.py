@@ -24,16 +24,7 @@ from markov import MarkovSource, expected_acceptance, simulated_acceptance
 from mtp_fast.decoding import generate
 from mtp_fast.models import MTPConfig
 from mtp_fast.training import Trainer, multi_token_loss
-from study import (
-    Report,
-    Run,
-    Study,
-    StudyProgress,
-    over_seeds,
-    plus_minus,
-    processor_time,
-    train_all,
-)
+from study import Report, Run, Study, StudyProgress, over_seeds, plus_minus, train_all
 
 ORDER, VOCAB = 2, 4
 BITS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.95)
@@ -49,7 +40,6 @@ TOLERANCE = 0.01
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
     """Return a record for each source, rule and number of heads."""
-    started, seconds = processor_time(), 60 * arguments.budget
     sources = {
         (bits, seed): MarkovSource.with_entropy(bits, ORDER, VOCAB, seed)
         for bits in BITS
@@ -71,7 +61,7 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
             records.append({**record, "expected": float(expected), "simulated": float(simulated)})
     trained = [key for key in sources if key[0] in TRAINED_BITS]
     for done, (bits, seed) in enumerate(trained):
-        left = (seconds - (processor_time() - started)) / (len(trained) - done)
+        left = progress.left / (len(trained) - done)
         part = _Part(progress, 0.2 + 0.8 * done / len(trained), 0.8 / len(trained))
         model = train(sources[bits, seed], bits, seed, left, part)
         for record in records:

@@ -30,7 +30,7 @@ from mtp_fast.decoding import generate
 from mtp_fast.models import MTPConfig, MTPTransformer
 from mtp_fast.ops.gemm import gemm
 from mtp_fast.training import multi_token_loss
-from study import Report, Study, StudyProgress, processor_time, repeats, table
+from study import Report, Study, StudyProgress, repeats, table
 
 HEADS = (1, 4, 8)
 # Llama's shapes, with 4096 positions.
@@ -85,11 +85,9 @@ def exactly(value: float) -> tuple[float, float]:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     torch.manual_seed(0)
     checks = [*check_flops(progress), *check_memory(progress), *check_decode_bytes(progress)]
-    left = 60 * arguments.budget - (processor_time() - started)
-    checks += check_times(max(left, 1.0), progress)
+    checks += check_times(max(progress.left, 1.0), progress)
     report = {
         "checks": [{**vars(check), "off": check.off, "holds": check.holds} for check in checks],
         "predictions": [prediction(size, n) for size in SIZES for n in HEADS],
@@ -211,10 +209,9 @@ def check_times(seconds: float, progress: StudyProgress) -> list[Check]:
     out = torch.empty_like(operand)
     work["losses' product", 1] = lambda: _timed(lambda: gemm(operand, operand, out))
     times: dict[tuple[str, int], list[float]] = {key: [] for key in work}
-    started = processor_time()
     for repeat in repeats(seconds, least=3):
         for key, measure in work.items():
-            share = max((processor_time() - started) / seconds, repeat / 3)
+            share = max(1 - progress.left / seconds, repeat / 3)
             progress.show(min(1.0, 0.1 + 0.9 * share), f"timing, repeat {repeat + 1}")
             times[key].append(measure())
     median = {key: statistics.median(of[1:]) for key, of in times.items()}

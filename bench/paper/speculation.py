@@ -35,7 +35,7 @@ from mtp_fast.decoding import GenerateResult, generate
 from mtp_fast.demo import standard_library
 from mtp_fast.models import MTPTransformer, load_checkpoint
 from mtp_fast.training import Corpus, Windows
-from study import Report, Study, StudyProgress, over_seeds, plus_minus, processor_time, repeats
+from study import Report, Study, StudyProgress, over_seeds, plus_minus, repeats
 
 SHIPPED = Path(mtp_fast.__file__).parent / "checkpoints" / "stdlib"
 # Batch and context. Prompts end at the same places whatever the context.
@@ -98,7 +98,6 @@ class Case:
 
 
 def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any]:
-    started = processor_time()
     progress.show(0.0, "reading model and text")
     path = SHIPPED if arguments.checkpoint == "shipped" else arguments.checkpoint
     judge = load_checkpoint(path).eval()  # in float32
@@ -115,11 +114,11 @@ def run(arguments: argparse.Namespace, progress: StudyProgress) -> dict[str, Any
         for batch, context in SETTINGS
     ]
     # Repeats are interleaved, so that a disturbance of the machine meets all cases.
-    spent = lambda: processor_time() - started  # noqa: E731
-    for repeat in repeats(60 * arguments.budget - spent()):
+    budget = 60 * arguments.budget
+    for repeat in repeats(progress.left):
         for case in (case for group in groups for case in group):
             note = f"repeat {repeat + 1}: batch {case.batch}, context {case.context}"
-            progress.show(min(1.0, spent() / (60 * arguments.budget)), note)
+            progress.show(min(1.0, 1 - progress.left / budget), note)
             case.run(model)
         tie = TIES[arguments.dtype]
         records = [record for group in groups for record in _records(group, model, judge, tie)]

@@ -44,10 +44,20 @@ Report = dict[str, Any]  # what NAME.json holds; a study's own part is under "re
 MARGIN = 1.15  # what work is given, over what it took before: neighbours on a machine come and go
 
 
-class StudyProgress:
-    """A progress bar; where the output is not a terminal, a line for each new note."""
+def processor_time() -> float:
+    """Seconds of processor time so far, of this process and of those that it has waited for."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    def __init__(self, name: str) -> None:
+
+class StudyProgress:
+    """How far a study is: what is left of its budget, and a progress bar.
+
+    Where the output is not a terminal, the bar is a line for each new note.
+    """
+
+    def __init__(self, name: str, seconds: float = math.inf) -> None:
+        self._end = processor_time() + seconds
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._progress = Progress(
             TextColumn(f"[bold]{name}"), *columns, TextColumn("{task.description}")
@@ -62,6 +72,11 @@ class StudyProgress:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    @property
+    def left(self) -> float:
+        """Seconds of processor time that the study may still take."""
+        return self._end - processor_time()
 
     def show(self, done: float, note: str) -> None:
         """Show the share `done`, in [0, 1], and what is under way."""
@@ -121,7 +136,7 @@ class Study:
         out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(arguments.threads)
         wall, processor = time.perf_counter(), processor_time()
-        with StudyProgress(self.name) as progress:
+        with StudyProgress(self.name, 60 * arguments.budget) as progress:
             results = self.run(arguments, progress)
         report = {
             "study": self.name,
@@ -183,12 +198,6 @@ class Run:
         torch.manual_seed(self.seed)
         config = TrainConfig(steps=steps, seed=self.seed, eval_every=steps, **self.training)
         return Trainer(MTPTransformer(self.model), config, *corpus, Path(directory))
-
-
-def processor_time() -> float:
-    """Seconds of processor time so far, of this process and of those that it has waited for."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def train_all(
