@@ -170,6 +170,17 @@ def test_vanishing_probabilities_take_no_longer(simd_level: str) -> None:
     assert seconds(masked, 1.0) < 3 * usual
 
 
+@pytest.mark.parametrize(("gap", "accepted"), [(60.0, 1), (80.0, 0)])
+def test_weights_count_down_to_2_to_the_minus_100(
+    gap: float, accepted: int, simd_level: str
+) -> None:
+    """Target and draft agree, so a draft that has any weight is accepted."""
+    logits = torch.tensor([[[0.0, -gap]] * 2])
+    draft = torch.tensor([[1]])
+    result = speculative_accept(logits, draft, draft_logits=logits[:, :1], temperature=1.0, seed=1)
+    assert result.num_accepted.item() == accepted
+
+
 def test_top_p_of_a_wide_row_needs_many_bins() -> None:
     """Logits over the whole range of floats, and masses that only the finest bins tell apart."""
     generator = torch.Generator().manual_seed(3)
