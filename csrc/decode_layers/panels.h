@@ -155,10 +155,8 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
     if (row >= rows) {
       more = next(panel);
       row = 0;
-      __asm__ volatile(""
-                       :
-                       :
-                       : "memory");  // what it made of x: the intrinsics do not say they read
+      // What it made of x has to be stored: the intrinsics do not say that they read.
+      __asm__ volatile("" : : : "memory");
     }
     const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
     const int64_t steps = more ? in / kInputs : 0;
