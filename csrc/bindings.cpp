@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -17,6 +19,7 @@
 #include "common/philox.h"
 #include "common/simd_functions.h"
 #include "common/simd_level.h"
+#include "common/workspace.h"
 #include "cross_entropy/params.h"
 #include "decode_layers/params.h"
 #include "few_row_linear/params.h"
@@ -78,17 +81,54 @@ auto cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
   return [=](int threads, Args... args) { kernel(make(args...), threads); };
 }
 
-// The same for kernels whose arguments by sequence are checked first: returns the name of one that
-// is out of range and the sequence that has it, ("", 0) if there is none.
+// The name of an argument by sequence that is out of range and the sequence that has it; ("", 0) if
+// there is none.
+using Fault = std::pair<const char*, int64_t>;
+
+// The same for kernels whose arguments by sequence are checked first.
 template <class Params, class... Args>
 auto checked_cpu_entry(void (*kernel)(const Params&, int), Params (*make)(Args...)) {
-  return [=](int threads, Args... args) -> std::pair<const char*, int64_t> {
+  return [=](int threads, Args... args) -> Fault {
     const Params params = make(args...);
     const BadArgument bad = check(params);
     if (bad.name != nullptr) return {bad.name, bad.sequence};
     kernel(params, threads);
     return {"", 0};
   };
+}
+
+// A call of an entry point with its arguments, to be made again and again: in a decode step the way
+// through Python counts. What the arguments point to is read, and checked, each time.
+struct Call {
+  Fault operator()() const { return make(); }
+
+  std::function<Fault()> make;
+};
+
+// From the arguments of an entry point, which are those of `make`, to such a call.
+template <class Entry, class Params, class... Args>
+auto binding(const Entry& entry, Params (*)(Args...)) {
+  return [=](int threads, Args... args) {
+    return Call{[=]() -> Fault {
+      if constexpr (std::is_void_v<decltype(entry(threads, args...))>) {
+        entry(threads, args...);
+        return {"", 0};
+      } else {
+        return entry(threads, args...);
+      }
+    }};
+  };
+}
+
+// One call after the other, up to the first fault.
+Call in_sequence(std::vector<Call> calls) {
+  return {[calls = std::move(calls)]() -> Fault {
+    for (const Call& call : calls) {
+      const Fault fault = call();
+      if (*fault.first != '\0') return fault;
+    }
+    return {"", 0};
+  }};
 }
 
 #if MTP_WITH_CUDA
@@ -167,7 +207,7 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
                            uintptr_t embedding, uintptr_t unembedding, int64_t batch, int64_t rows,
                            uintptr_t start, uintptr_t tokens, uintptr_t trunk, uintptr_t hidden,
                            uintptr_t logits, uintptr_t trunk_row, int64_t trunk_rows,
-                           uintptr_t drafts, int64_t drafts_ld) {
+                           uintptr_t drafts, int64_t drafts_ld, Workspace* workspace) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -209,6 +249,7 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   p.drafts = pointer<int64_t>(drafts);
   p.trunk_rows = trunk_rows;
   p.drafts_ld = drafts_ld;
+  p.workspace = workspace;
   p.n_layers = n_layers;
   p.n_blocks = n_blocks;
   p.vocab = vocab;
@@ -372,13 +413,17 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("decode_sizes", &decode_sizes);
   m.def("decode_pack", &pack, without_gil());
-  m.def("decode_layers", cpu_entry(decode_layers_cpu, decode_params), without_gil());
-  m.def("decode_heads", cpu_entry(decode_heads_cpu, decode_params), without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("speculative_accept", checked_cpu_entry(speculative_accept_cpu, accept_params),
-        without_gil());
-  m.def("sample", checked_cpu_entry(sample_cpu, sample_params), without_gil());
-  m.def("commit", cpu_entry(commit_cpu, commit_params), without_gil());
+  // The parts of a decode step.
+  py::class_<Workspace>(m, "Workspace", py::module_local()).def(py::init());
+  py::class_<Call>(m, "Call", py::module_local()).def("__call__", &Call::operator(), without_gil());
+  m.def("in_sequence", &in_sequence);
+  m.def("bind_decode_layers", binding(cpu_entry(decode_layers_cpu, decode_params), decode_params));
+  m.def("bind_decode_heads", binding(cpu_entry(decode_heads_cpu, decode_params), decode_params));
+  m.def("bind_speculative_accept",
+        binding(checked_cpu_entry(speculative_accept_cpu, accept_params), accept_params));
+  m.def("bind_sample", binding(checked_cpu_entry(sample_cpu, sample_params), sample_params));
+  m.def("bind_commit", binding(cpu_entry(commit_cpu, commit_params), commit_params));
   m.def("philox4x32_10", &philox);
   m.def("uniform_of", &uniform_of);
   m.def("simd_function", &simd_function);

@@ -10,10 +10,11 @@ import copy
 import pytest
 import torch
 
-from mtp_fast.decoding import cpu_layers
+from mtp_fast.decoding import cpu_layers, generate
 from mtp_fast.decoding.cpu_layers import runs_on_cpu
-from mtp_fast.decoding.incremental import IncrementalModel
-from tiny_models import draft_logits, sharp_model
+from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel
+from mtp_fast.decoding.speculative import _Decoder
+from tiny_models import draft_logits, ragged_prompts, sharp_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Extents that are no multiple of any vector, and every option that changes a block.
@@ -42,13 +43,23 @@ def model_with_biases(**changes):
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from now on."""
     calls: list[str] = []
-    call = cpu_layers.call_kernel
+    call, bind = cpu_layers.call_kernel, cpu_layers.bind_kernel
 
     def recorded(name, *args):
         calls.append(name)
         return call(name, *args)
 
+    def bound(name, *args):
+        kernel = bind(name, *args)
+
+        def recorded():
+            calls.append(name)
+            return kernel()
+
+        return recorded
+
     monkeypatch.setattr(cpu_layers, "call_kernel", recorded)
+    monkeypatch.setattr(cpu_layers, "bind_kernel", bound)
     return calls
 
 
@@ -133,6 +144,27 @@ def test_a_draft_that_is_not_finite_leaves_the_rows_before_it_alone(decode_level
     assert got[:, 4:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", range(4))
+@torch.no_grad()
+def test_so_does_one_whose_values_in_one_attention_head_are_not_finite(decode_level, dtype, head):
+    model = sharp_model(n_kv_heads=4).to(dtype)
+    width = model.config.head_dim
+    weight = model.trunk.blocks[0].attention.qkv.weight
+    weight[:, 0] = 0
+    weight[(8 + head) * width : (9 + head) * width, 0] = 1e38
+    model.embedding.weight[:, 0] = 0
+    model.embedding.weight[39] = 100 * torch.eye(32)[0]  # 5 or more, normalised
+    tokens = torch.tensor([[3, 1, 4, 1, 39, 5]])
+    cached = IncrementalModel(model, 1, batch=1, capacity=8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    want = cached.forward(tokens[:, :4], cached.rows(zero, 4, 8))[1]
+    got = cached.forward(tokens, cached.rows(zero, 6, 8))[1]
+    assert want.isfinite().all()
+    assert torch.equal(got[:, :4], want)
+    assert got[:, 4:].isnan().all()
+
+
 @torch.no_grad()
 def test_torch_multiplies_as_before_behind_a_step():
     """Both set up the matrix registers, where the processor has them."""
@@ -201,7 +233,7 @@ def test_logits_that_are_not_finite_draft_some_token(decode_level):
     zero = torch.zeros(1, dtype=torch.int64)
     trunk, _ = cached.step(zero[:, None], cached.rows(zero, 1, 8))
     drafts = torch.full((1, 3), -1)
-    cached.draft_logits(trunk, zero, cached.rows(zero, 1, 8), drafts)
+    cached.draft_logits(trunk, zero, cached.rows(zero, 1, 8), drafts=drafts)
     assert ((drafts >= 0) & (drafts < 40)).all()
 
 
@@ -226,3 +258,35 @@ def test_which_models_the_kernel_runs():
     model.float().embedding.bfloat16()
     assert not runs(model)
     assert not runs(sharp_model().to("meta"))
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 5, "rule": "block"}])
+def test_a_step_as_one_call_gives_what_its_calls_give(monkeypatch, n_heads, options):
+    """From the second step on; none is one if its rows are too many."""
+    model, steps = PreparedModel(sharp_model()), {True: 0, False: 0}
+    step = _Decoder.step
+
+    def counted(decoder):
+        steps[decoder.whole_step is not None] += 1
+        step(decoder)
+
+    def run(prompts):
+        steps.update({True: 0, False: 0})
+        return generate(model, prompts, 20, n_heads=n_heads, seed=3, **options)
+
+    monkeypatch.setattr(_Decoder, "step", counted)
+    few = ragged_prompts(9, 4, 17)
+    result = run(few)
+    whole = steps[True]
+    assert steps[False] == 1
+    assert whole >= 3
+    many = run((few * cpu_layers.ROWS_PER_CALL)[: 1 + cpu_layers.ROWS_PER_CALL // n_heads])
+    assert steps[True] == 0
+    monkeypatch.setattr(IncrementalModel, "repeated", lambda *_: None)
+    expected = run(few)
+    assert steps == {True: 0, False: whole + 1}
+    assert expected.stats.acceptance == result.stats.acceptance
+    for b in range(3):
+        assert torch.equal(result.tokens[b], expected.tokens[b])
+        assert torch.equal(result.tokens[b], many.tokens[b])

@@ -199,6 +199,18 @@ def test_a_step_can_be_captured(n_heads, temperature):
     assert decoder.progress.produced.min() >= 2
 
 
+def test_arguments_that_go_out_of_range_under_way_are_found():
+    temperature = torch.ones(2)
+    with pytest.raises(ValueError, match=r"temperature\[1\]: expected .*, got -2"):
+        generate(
+            sharp_model(),
+            ragged_prompts(9, 4),
+            20,
+            temperature=temperature,
+            on_tokens=lambda b, tokens: temperature[1].fill_(-2),
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prepared_model_gives_what_the_model_gives(dtype):
     """With any number of its heads, one call after the other, and one within another."""

@@ -95,7 +95,7 @@ def test_drafts_are_the_most_likely_tokens_at_a_row_of_choice(vocab_size):
     trunk, _ = cached.step(tokens, cached.rows(start, 4, 8))
     at = torch.tensor([3, 0, 2])
     block = torch.full((3, 5), -7)
-    logits = cached.draft_logits(trunk, at, cached.rows(start + at, 1, 8), block[:, 1:4])
+    logits = cached.draft_logits(trunk, at, cached.rows(start + at, 1, 8), drafts=block[:, 1:4])
     assert (block[:, [0, 4]] == -7).all()
     for b in range(3):
         text = torch.cat([tokens[b, : start[b]], tokens[b]])[None, : start[b] + at[b] + 1]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import emulator
-from mtp_fast.decoding import progress
 from mtp_fast.decoding.progress import Progress
 from mtp_fast.ops.acceptance import AcceptResult
 
@@ -23,10 +22,7 @@ VOCAB = 12
 def device(request, monkeypatch):
     if request.param != "emulated":
         return request.param
-    em = emulator.load()
-    monkeypatch.setattr(
-        progress, "call_kernel", lambda name, like, *a: getattr(em.C, f"{name}_cuda")(0, 0, *a)
-    )
+    emulator.load().install(monkeypatch)
     return "cpu"
 
 
@@ -91,7 +87,7 @@ def test_commit_against_plain_python(device, batch, ends):
     for step in range(8):
         result = random_result(batch, width - 1 if step else 0)  # a prompt has no drafts
         state.block[:, 1:] = torch.arange(1, width)
-        state.commit(AcceptResult(*(x.to(device) for x in result[:3]), None))
+        state.commit(AcceptResult(*(x.to(device) for x in result[:3]), None))()
         expected_rows = []
         for b, sequence in enumerate(sequences):
             count, stands = int(result.num_tokens[b]), int(result.num_accepted[b])
@@ -114,6 +110,7 @@ def test_commit_against_plain_python(device, batch, ends):
         }
         for name, value in expected.items():
             assert getattr(state, name).tolist() == value, name
+        assert state.read() == (expected["produced"], ends_at, expected["live"])
         for b, s in enumerate(sequences):
             assert state.output[b, : len(s.output)].tolist() == s.output
             assert state.drafted[b, : len(s.output)].tolist() == s.drafted
@@ -124,11 +121,9 @@ def test_commit_against_plain_python(device, batch, ends):
 @pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (128, 1), (129, 2)])
 def test_a_commit_is_one_launch_without_shared_memory(monkeypatch, batch, blocks):
     em = emulator.load()
-    monkeypatch.setattr(
-        progress, "call_kernel", lambda name, like, *a: getattr(em.C, f"{name}_cuda")(0, 0, *a)
-    )
+    em.install(monkeypatch)
     state = Progress(torch.ones(batch, dtype=torch.int64), torch.full((batch,), 9), 4, None)
-    counters = em.measure()
-    state.commit(random_result(batch, 3))
+    commit, counters = state.commit(random_result(batch, 3)), em.measure()
+    commit()
     assert counters.launches == 1
     assert (counters.blocks, counters.threads, counters.shared_bytes) == (blocks, 128, 0)

@@ -3,25 +3,22 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <new>
 
 #include "common/matrix_registers.h"
+#include "common/workspace.h"
 
 namespace mtp {
 namespace MTP_SIMD {
 
-// Scratch rows that start on a cache line, so that a vector of them never lies in two; zeros behind
-// `width` elements up to the next row (padded).
+// Rows in a workspace that start on a cache line, so that a vector of them never lies in two; zeros
+// behind `width` elements up to the next row (padded).
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t rows, int64_t width)
-      : ld(padded<T>(width)),
-        data_(static_cast<T*>(::operator new(sizeof(T) * rows * ld, std::align_val_t{64}))) {
+  Scratch(Workspace& workspace, int64_t rows, int64_t width)
+      : ld(padded<T>(width)), data_(static_cast<T*>(workspace.take(sizeof(T) * rows * ld))) {
     for (int64_t r = 0; r < rows; ++r) std::fill(data_ + r * ld + width, data_ + (r + 1) * ld, T{});
   }
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
 
   T* row(int64_t r) const { return data_ + r * ld; }
 

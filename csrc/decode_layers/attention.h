@@ -26,15 +26,22 @@ class Attention {
         reach_(
             panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
             kPanel),
-        queries_(abreast * rows_ * params.n_queries, params.head_dim),
-        attended_(abreast * rows_, params.n_queries * params.head_dim),
-        converted_(threads, params.head_dim),
-        scores_(threads * params.rows, reach_),
-        weights_(threads * params.rows, reach_),
-        factors_(threads, params.rows) {}
+        together_(params.rows * reach_ <= kFew ? 2 : 1),
+        queries_(*params.workspace, abreast * rows_ * params.n_queries, params.head_dim),
+        attended_(*params.workspace, abreast * rows_, params.n_queries * params.head_dim),
+        rotated_(*params.workspace, threads, params.head_dim),
+        scores_(*params.workspace, threads * together_ * params.rows, reach_),
+        weights_(*params.workspace, threads * together_ * params.rows, reach_),
+        factors_(*params.workspace, threads, together_ * params.rows),
+        places_(*params.workspace, 1, rows_) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t b = r / params.rows;
+      places_.row(0)[r] = {b, params.start[b] + r % params.rows};
+    }
+  }
 
   const Scratch<X>& attended() const { return attended_; }  // (abreast, rows)
-  int64_t products_of_a_head() const { return 2 * p_.rows * reach_ * p_.head_dim; }
+  int64_t products_of_a_group() const { return 2 * together_ * p_.rows * reach_ * p_.head_dim; }
 
   // Fetches the lines of the cache that take() will write of attention head h: they are elsewhere.
   void prepare(const DecodeBlock& block, int64_t h) const {
@@ -61,10 +68,10 @@ class Attention {
     }
   }
 
-  // Bias, norm and rotation of attention head h of a sequence's row r; then to its place.
-  void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t sequence, int64_t r,
-            float* x) {
-    const int64_t size = p_.head_dim, half = size / 2, position = p_.start[sequence] + r;
+  // Bias, norm and rotation of attention head h of a row; then to its place.
+  void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t row, float* x) {
+    const int64_t size = p_.head_dim, half = size / 2;
+    const auto [sequence, position] = places_.row(0)[row];
     const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
     if (block.qkv_bias != nullptr) {
       for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
@@ -79,85 +86,113 @@ class Attention {
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
     if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
-    const float* cosine = p_.rope + position * 2 * size;
-    const float* sine = cosine + size;
+    X* rotated =
+        key < 0 ? queries_.row((b * rows_ + row) * p_.n_queries + h) : rotated_.row(worker);
+    const float* cosine = p_.rope + position * 2 * size;  // of one half: the other has the same,
+    const float* sine = cosine + size + half;             // and here the same negated
     for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {
       const int64_t n = half - i;
       const Vec low = load_some(x + i, n), high = load_some(x + j, n);
-      store_some(low * load_some(cosine + i, n) + high * load_some(sine + i, n), x + i, n);
-      store_some(high * load_some(cosine + j, n) + low * load_some(sine + j, n), x + j, n);
+      const Vec c = load_some(cosine + i, n), s = load_some(sine + i, n);
+      store_some(low * c - high * s, rotated + i, n);
+      store_some(high * c + low * s, rotated + j, n);
     }
-    if (key < 0) {
-      const int64_t row = (b * p_.batch + sequence) * p_.rows + r;
-      convert(x, size, queries_.row(row * p_.n_queries + h));
-      return;
-    }
-    X* converted = converted_.row(worker);
-    convert(x, size, converted);
+    if (key < 0) return;
     X* y = cached(block, sequence, key) + place_in_panels<X>(position, 0, cache_.key_step);
     constexpr int64_t kPair = kDepth<X>;  // half of head_dim is whole, so pairs are
     for (int64_t i = 0; i < size; i += kPair, y += kPanel * kPair) {
-      memcpy(y, converted + i, kPair * sizeof(X));
+      memcpy(y, rotated + i, kPair * sizeof(X));
     }
   }
 
-  // Attention head h of all of a sequence's new rows. Row r sees `shared` + r positions.
-  void attend(int worker, const DecodeBlock& block, int64_t b, int64_t sequence, int64_t h) {
+  // Groups of attention heads that attend() takes, of each sequence.
+  int64_t groups() const { return (p_.n_queries + together_ - 1) / together_; }
+
+  // A group of attention heads, all of a sequence's new rows. Row r sees `shared` + r positions.
+  void attend(int worker, const DecodeBlock& block, int64_t b, int64_t sequence, int64_t group) {
     const int64_t size = p_.head_dim, row = (b * p_.batch + sequence) * p_.rows;
-    const X* keys = cached(block, sequence, h / (p_.n_queries / p_.n_keys));
-    const X* values = keys + cache_.values;
+    const int64_t first = group * together_, count = std::min(together_, p_.n_queries - first);
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     const int64_t shared = p_.start[sequence] + 1, seen = p_.start[sequence] + p_.rows;
-    float* scores = scores_.row(worker * p_.rows);
-    X* weights = weights_.row(worker * p_.rows);
+    float* scores = scores_.row(worker * together_ * p_.rows);
+    X* weights = weights_.row(worker * together_ * p_.rows);
     float* factors = factors_.row(worker);
-    const auto one_by_one = [](const X* x, const X* from, int64_t step, int64_t n) {
-      return [=, i = int64_t{0}](Panel<X, X>& panel) mutable {
-        panel = {x, from + i * step, 0, i};
-        return i++ < n;
+    const auto keys = [&](int64_t i) {
+      return cached(block, sequence, (first + i) / (p_.n_queries / p_.n_keys));
+    };
+    const auto values = [&](int64_t i) { return keys(i) + cache_.values; };
+    // Panels of head 0, of head 1, ...: n each, `step` apart.
+    const auto in_turn = [=](int64_t n, int64_t step, const auto& x, const auto& from) {
+      return [=, i = int64_t{0}, j = int64_t{0}](Panel<X, X>& panel) mutable {
+        if (j == n) j = 0, ++i;
+        if (i == count) return false;
+        panel = {x(i), from(i) + j * step, i, j, 0};
+        ++j;
+        return true;
       };
     };
     panel_products<X, X>(
         p_.rows, p_.n_queries * queries_.ld, size,
-        one_by_one(queries_.row(row * p_.n_queries + h), keys, cache_.key_step, panels_of(seen)),
+        in_turn(
+            panels_of(seen), cache_.key_step,
+            [&](int64_t i) { return queries_.row(row * p_.n_queries + first + i); }, keys),
         [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
-          float* to = scores + r * reach_ + panel.index * kPanel;
+          float* to = scores + (panel.block * p_.rows + r) * reach_ + panel.index * kPanel;
           sums.first.store(to);
           sums.second.store(to + kLanes);
         });
-    for (int64_t r = 0; r < p_.rows; ++r) {
-      X* own = weights + r * reach_;
-      factors[r] = 1.0f / exponentials(scores + r * reach_, shared + r, scale, own);
-      std::fill(own + shared + r, own + padded<X>(seen), X{});
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < p_.rows; ++r) {
+        const int64_t at = i * p_.rows + r;
+        X* own = weights + at * reach_;
+        factors[at] = 1.0f / exponentials(scores + at * reach_, shared + r, scale, own);
+        std::fill(own + shared + r, own + padded<X>(seen), X{});
+      }
+      finite = finite && are_finite(values(i), shared, padded<X>(seen));
     }
-    const auto sum_up = [&](const X* from, int64_t first, int64_t last) {  // of rows [first, last)
+    const auto sum_up = [&](const auto& from, int64_t begin, int64_t end) {  // of rows [begin, end)
       panel_products<X, X>(p_.rows, reach_, seen,
-                           one_by_one(weights, from, cache_.value_step, panels_of(size)),
+                           in_turn(
+                               panels_of(size), cache_.value_step,
+                               [&](int64_t i) { return weights + i * p_.rows * reach_; }, from),
                            [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
-                             if (r < first || r >= last) return;
-                             X* y = attended_.row(row + r) + h * size + panel.index * kPanel;
-                             const Vec factor(factors[r]);
+                             if (r < begin || r >= end) return;
+                             X* y = attended_.row(row + r) + (first + panel.block) * size +
+                                    panel.index * kPanel;
+                             const Vec factor(factors[panel.block * p_.rows + r]);
                              const int64_t n = size - panel.index * kPanel;
                              store_some(sums.first * factor, y, n);
                              if (n > kLanes)
                                store_some(sums.second * factor, y + kLanes, n - kLanes);
                            });
     };
-    if (are_finite(values, shared, padded<X>(seen))) return sum_up(values, 0, p_.rows);
+    if (finite) return sum_up(values, 0, p_.rows);
     // The weight of what a row does not see is 0, but 0 * NaN is NaN.
-    std::vector<X> visible(panels_of(size) * cache_.value_step);
+    const int64_t all = panels_of(size) * cache_.value_step;  // of an attention head
+    std::vector<X> visible(count * all);
     for (int64_t r = 0; r < p_.rows; ++r) {
-      for (int64_t i = 0; i < size; ++i) {
-        for (int64_t t = 0; t < shared + r; ++t) {
-          const int64_t place = place_in_panels<X>(i, t, cache_.value_step);
-          visible[place] = values[place];
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t o = 0; o < size; ++o) {
+          for (int64_t t = 0; t < shared + r; ++t) {
+            const int64_t place = place_in_panels<X>(o, t, cache_.value_step);
+            visible[i * all + place] = values(i)[place];
+          }
         }
       }
-      sum_up(visible.data(), r, r + 1);
+      sum_up([&](int64_t i) { return visible.data() + i * all; }, r, r + 1);
     }
   }
 
  private:
+  // So many scores of an attention head leave room for another's in the nearest cache. Then two go
+  // through each stage together: the processor's matrix unit falls asleep between its stages.
+  static constexpr int64_t kFew = 2048;
+
+  struct Place {
+    int64_t sequence, position;
+  };
+
   // A sequence's keys and values of one attention head.
   X* cached(const DecodeBlock& block, int64_t sequence, int64_t h) const {
     return static_cast<X*>(p_.cache) +
@@ -181,12 +216,14 @@ class Attention {
   const CacheLayout<X> cache_;
   const int64_t rows_;
   const int64_t reach_;           // positions that any row sees, at most, in whole panels
+  const int64_t together_;        // attention heads of a group, the last maybe fewer
   const Scratch<X> queries_;      // (abreast, rows, n_queries) rows of head_dim
   const Scratch<X> attended_;     // (abreast, rows) of n_queries * head_dim
-  const Scratch<X> converted_;    // (threads) of head_dim
-  const Scratch<float> scores_;   // (threads, rows of a sequence) of reach
+  const Scratch<X> rotated_;      // (threads) of head_dim: a key
+  const Scratch<float> scores_;   // (threads, together, rows of a sequence) of reach
   const Scratch<X> weights_;      // likewise
-  const Scratch<float> factors_;  // (threads) of rows of a sequence
+  const Scratch<float> factors_;  // (threads) of together * rows of a sequence
+  const Scratch<Place> places_;   // (1) of rows
 };
 
 }  // namespace MTP_SIMD

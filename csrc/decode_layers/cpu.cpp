@@ -38,9 +38,9 @@ class Step {
         rows_(params.batch * params.rows),
         head_width_(packed_.head_panels * kPanel),
         attention_(params, threads, abreast),
-        hidden_(abreast * rows_, params.ffn_dim),
-        normalized_(threads * rows_, params.dim),
-        head_(threads * rows_, head_width_) {}
+        hidden_(*params.workspace, abreast * rows_, params.ffn_dim),
+        normalized_(*params.workspace, threads * rows_, params.dim),
+        head_(*params.workspace, threads * rows_, head_width_) {}
 
   // x (abreast, rows, dim), in place.
   void run(Worker& worker, const DecodeBlock* blocks, float* x) {
@@ -81,23 +81,23 @@ class Step {
   }
 
   // One round of products: rows(b), `ld` apart, with every block's `count` things of `together`
-  // panels, of which weights(b, i) is number i. A worker asks for rows when he comes to a block.
+  // panels. A worker asks for rows when he comes to a block; find(panel) sets a panel's weights,
+  // and may give the thing another number than its place.
   template <class R, class W, class F>
   void products(Worker& worker, int64_t count, int64_t together, int64_t ld, int64_t in,
-                const R& rows, const W& weights, const F& take) {
-    const int64_t size = together * panel_size<X>(in), of_block = count * together;
+                const R& rows, const W& find, const F& take) {
+    const int64_t size = together * panel_size<X>(in);
     worker.pieces(count * abreast_, grain(count, size), [&](const auto& piece) {
-      int64_t at = 0, end = 0, block = -1;  // panels of all blocks; the block of the last
+      int64_t at = 0, end = 0, part = 0, block = -1;  // things of all blocks; the last one's block
       const X* x = nullptr;
       const auto next = [&](Panel<T, X>& panel) {
-        if (at == end) {
-          if (!piece(at, end)) return false;
-          at *= together, end *= together;
-        }
-        const int64_t b = at / of_block, i = at++ % of_block;
+        if (at == end && !piece(at, end)) return false;
+        const int64_t b = at / count;
         const bool first = b != block;
         if (first) x = rows(block = b);
-        panel = {x, weights(b, i), b, i, first};
+        panel = {x, nullptr, b, at % count, part, first};
+        find(panel);
+        if (++part == together) part = 0, ++at;
         return true;
       };
       panel_products<T, X>(rows_, ld, in, next, take);
@@ -124,41 +124,40 @@ class Step {
         [&](int64_t b) {
           return normalized(worker, x + b * block_stride, blocks[b].attention_scale);
         },
-        [&](int64_t b, int64_t i) {
-          const int64_t head = place(i / panels), part = i % panels;
-          if (part == 0) attention_.prepare(blocks[b], packed_.head_at(p_, head));
-          return weights(blocks, b) + (head * panels + part) * panel_size<X>(p_.dim);
+        [&](Panel<T, X>& panel) {
+          const int64_t head = place(panel.index), at = head * panels + panel.part;
+          panel.weights = weights(blocks, panel.block) + at * panel_size<X>(p_.dim);
+          panel.index = packed_.head_at(p_, head);
+          if (panel.part == 0) attention_.prepare(blocks[panel.block], panel.index);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
-          const int64_t b = panel.block, part = panel.index % panels;
           float* head = head_.row(worker.index() * rows_ + r);
-          sums.first.store(head + part * kPanel);
-          sums.second.store(head + part * kPanel + kLanes);
-          if (part + 1 < panels) return;
-          const int64_t h = packed_.head_at(p_, place(panel.index / panels));
-          attention_.take(worker.index(), blocks[b], b, h, r / p_.rows, r % p_.rows, head);
+          sums.first.store(head + panel.part * kPanel);
+          sums.second.store(head + panel.part * kPanel + kLanes);
+          if (panel.part + 1 < panels) return;
+          attention_.take(worker.index(), blocks[panel.block], panel.block, panel.index, r, head);
         });
   }
 
   void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
-    const int64_t heads = p_.batch * p_.n_queries;
-    worker.round(heads * abreast_, grain(heads, attention_.products_of_a_head()),
+    const int64_t groups = attention_.groups(), of_block = p_.batch * groups;
+    worker.round(of_block * abreast_, grain(of_block, attention_.products_of_a_group()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
-                     const int64_t b = i / heads, h = i % heads;
-                     attention_.attend(worker.index(), blocks[b], b, h / p_.n_queries,
-                                       h % p_.n_queries);
+                     const int64_t b = i / of_block, sequence = i % of_block / groups;
+                     attention_.attend(worker.index(), blocks[b], b, sequence, i % groups);
                    }
                  });
     add_products(worker, attention_.attended(), p_.n_queries * p_.head_dim, blocks, packed_.out, x);
     products(
         worker, packed_.ffn_panels, 1, normalized_.ld, p_.dim,
         [&](int64_t b) { return normalized(worker, x + b * rows_ * p_.dim, blocks[b].ffn_scale); },
-        [&](int64_t b, int64_t i) {
+        [&](Panel<T, X>& panel) {
+          const int64_t b = panel.block, i = panel.index;
           for (int64_t r = 0; r < rows_; ++r) {
             prefetch_to_write(hidden_.row(b * rows_ + r) + i * kLanes);
           }
-          return weights(blocks, b) + packed_.gate_up + i * panel_size<X>(p_.dim);
+          panel.weights = weights(blocks, b) + packed_.gate_up + i * panel_size<X>(p_.dim);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
           const int64_t unit = panel.index * kLanes;
@@ -179,13 +178,14 @@ class Step {
     };
     products(
         worker, panels_of(p_.dim), 1, in.ld, n, [&](int64_t b) { return in.row(b * rows_); },
-        [&](int64_t b, int64_t i) {
+        [&](Panel<T, X>& panel) {
+          const int64_t b = panel.block, i = panel.index;
           for (int64_t r = 0; r < rows_; ++r) {
             const float* y = x + (b * rows_ + r) * p_.dim + i * kPanel;
             prefetch_to_write(y);
             prefetch_to_write(y + kLanes);
           }
-          return weights(blocks, b) + offset + i * panel_size<X>(n);
+          panel.weights = weights(blocks, b) + offset + i * panel_size<X>(n);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
           const int64_t o = panel.index * kPanel;
@@ -213,27 +213,46 @@ void for_rows(Worker& worker, int64_t n, const F& f) {
   });
 }
 
-// One round: the final norm of x (rows, dim) and the products with the unembedding. Row r gives row
-// to(r) of the logits. Each thread makes the norm for itself: rows packed side by side share lines.
-template <class T, class F>
-void unembed(Worker& worker, const DecodeParams& p, int threads, const float* x, int64_t rows,
-             const F& to) {
-  const int64_t grain = few_rows::outputs_per_piece(p.vocab, p.dim, threads);
-  worker.pieces(p.vocab, grain, [&](const auto& next) {
-    int64_t begin, end;
-    if (!next(begin, end)) return;
-    const Scratch<T> normalized(rows, p.dim);
-    const few_rows::Rows<T> packed(normalized.row(0), normalized.ld, rows, p.dim);
-    normalize(x, p.dim, rows, p.final_scale, p.dim, p.norm_eps, normalized.row(0), normalized.ld);
-    for (int64_t r = 0; r < rows; ++r) packed.pack(r);
-    do {
-      few_rows::products(packed, static_cast<const T*>(p.unembedding) + begin * p.dim, p.dim,
-                         end - begin, [&](int64_t r, int64_t o, const float* values, int64_t n) {
-                           std::copy_n(values, n, p.logits + to(r) * p.vocab + begin + o);
-                         });
-    } while (next(begin, end));
-  });
-}
+// The final norm of x (rows, dim) and the products with the unembedding: one round. Each thread
+// makes the norm for itself: rows packed side by side share lines.
+template <class T>
+class Unembedding {
+ public:
+  Unembedding(const DecodeParams& params, int threads, int64_t rows)
+      : p_(params),
+        rows_(rows),
+        grain_(few_rows::outputs_per_piece<T>(params.vocab, params.dim, threads)),
+        normalized_(*params.workspace, threads * rows, params.dim),
+        pairs_(*params.workspace, threads, few_rows::Rows<T>::packed_size(rows, params.dim)) {}
+
+  // Row r gives row to(r) of the logits.
+  template <class F>
+  void run(Worker& worker, const float* x, const F& to) {
+    const T* weight = static_cast<const T*>(p_.unembedding);
+    worker.pieces(p_.vocab, grain_, [&](const auto& next) {
+      int64_t begin, end;
+      if (!next(begin, end)) return;
+      T* y = normalized_.row(worker.index() * rows_);
+      const few_rows::Rows<T> packed(y, normalized_.ld, rows_, p_.dim, pairs_.row(worker.index()));
+      packed.prepare();
+      few_rows::prefetch_first(weight + begin * p_.dim, p_.dim, end - begin);
+      normalize(x, p_.dim, rows_, p_.final_scale, p_.dim, p_.norm_eps, y, normalized_.ld);
+      for (int64_t r = 0; r < rows_; ++r) packed.pack(r);
+      do {
+        few_rows::products(packed, weight + begin * p_.dim, p_.dim, end - begin,
+                           [&](int64_t r, int64_t o, const float* values, int64_t n) {
+                             std::copy_n(values, n, p_.logits + to(r) * p_.vocab + begin + o);
+                           });
+      } while (next(begin, end));
+    });
+  }
+
+ private:
+  const DecodeParams& p_;
+  const int64_t rows_, grain_;
+  const Scratch<T> normalized_;  // (threads, rows) of dim
+  const Scratch<T> pairs_;       // (threads): Rows
+};
 
 }  // namespace
 }  // namespace MTP_SIMD
@@ -277,8 +296,10 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
   with_types(p.dtype, [&](auto storage, auto row) {
     using T = decltype(storage);
     const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
-    const Scratch<float> x(rows, p.dim);
+    p.workspace->reset();
+    const Scratch<float> x(*p.workspace, rows, p.dim);
     Step<T, decltype(row)> layers(p, threads, 1), drafting(p, threads, heads);
+    Unembedding<T> unembedding(p, threads, p.logits == nullptr ? 0 : rows);
     run_rounds(threads, [&](Worker& worker) {
       for_rows(worker, rows, [&](int64_t r) {
         convert(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
@@ -293,7 +314,7 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
       }
       if (heads > 0) drafting.store_keys_values(worker, p.blocks + p.n_layers, p.trunk);
       if (p.logits != nullptr) {
-        unembed<T>(worker, p, threads, x.row(0), rows, [](int64_t r) { return r; });
+        unembedding.run(worker, x.row(0), [](int64_t r) { return r; });
       } else {
         for_rows(worker, rows, [&](int64_t r) {
           normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
@@ -310,8 +331,10 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   with_types(p.dtype, [&](auto storage, auto row) {
     using T = decltype(storage);
     const int64_t heads = p.n_blocks - p.n_layers, rows = heads * p.batch;
-    const Scratch<float> x(rows, p.dim);
+    p.workspace->reset();
+    const Scratch<float> x(*p.workspace, rows, p.dim);
     Step<T, decltype(row)> drafting(p, threads, heads);
+    Unembedding<T> unembedding(p, threads, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = r % p.batch;
       memcpy(x.row(r), p.trunk + (b * p.trunk_rows + p.trunk_row[b]) * p.dim,
@@ -321,7 +344,7 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
     const auto place = [&](int64_t r) { return r % p.batch * heads + r / p.batch; };
     run_rounds(threads, [&](Worker& worker) {
       drafting.read(worker, p.blocks + p.n_layers, x.row(0));
-      unembed<T>(worker, p, threads, x.row(0), rows, place);
+      unembedding.run(worker, x.row(0), place);
       if (p.drafts != nullptr) {
         for_rows(worker, rows, [&](int64_t r) {
           p.drafts[r % p.batch * p.drafts_ld + r / p.batch] =

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "common/matrix_registers.h"
+#include "common/prefetch.h"
 #include "common/simd.h"
 #include "common/simd_level.h"
 
@@ -63,21 +64,12 @@ inline void prefetch_ahead(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 3);
 }
 
-// Into the nearest cache, to be written. Not by a builtin: functions of nothing else are left out.
-inline void prefetch_to_write(const void* p) {
-#if defined(__x86_64__)
-  __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, 1, 3);
-#endif
-}
-
 // A panel, the rows to multiply with it, and the caller's numbers for it.
 template <class T, class X>
 struct Panel {
   const X* x;
   const T* weights;
-  int64_t block, index;
+  int64_t block, index, part;
   bool fresh = false;  // the rows may be in another core's cache
 };
 

@@ -9,6 +9,7 @@
 
 #include "common/dtype.h"
 #include "common/simd_level.h"
+#include "common/workspace.h"
 
 namespace mtp {
 
@@ -54,6 +55,7 @@ struct DecodeParams : DecodeShape {
   int64_t n_layers, n_blocks, vocab, batch, rows;  // rows: new ones of each sequence
   int64_t capacity;                                // positions of a sequence
   int64_t trunk_rows, drafts_ld;
+  Workspace* workspace;
   float norm_eps;
 };
 

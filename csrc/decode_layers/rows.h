@@ -78,7 +78,20 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
   normalize(x, n, 1, scale, n, eps, y, n);
 }
 
-// y (n) = exp(scale * (scores - max)); returns their sum, before they are rounded.
+// 2^t within 1.3e-7, relative, for t from -100 to 127; below it is 2^-100. NaN stays NaN.
+inline Vec exp2(Vec t) {
+  t = max(Vec(-100.0f), t);  // in this order NaN passes
+  const Vec n = round(t), f = t - n;
+  // Minimax polynomial of 2^f on [-1/2, 1/2].
+  Vec p = fma(Vec(1.326472731e-3f), f, Vec(9.671512991e-3f));
+  p = fma(p, f, Vec(5.550733581e-2f));
+  p = fma(p, f, Vec(2.402224243e-1f));
+  p = fma(p, f, Vec(6.931470037e-1f));
+  return scale_by_power(fma(p, f, Vec(1.0f)), n);
+}
+
+// y (n) = exp(scale * (scores - max)) times a factor near 1, with which the returned sum, made
+// before they are rounded, is too.
 template <class X>
 inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
   const Vec lowest(-std::numeric_limits<float>::infinity());
@@ -86,14 +99,15 @@ inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) max_lanes = max(Vec::load(scores + i), max_lanes);
   if (i < n) max_lanes = max(Vec::load(scores + i, n - i, lowest), max_lanes);
-  const Vec top(max_lanes.hmax()), factor(scale);
+  const float factor = scale * 1.44269504088896341f;
+  const Vec by(factor), top(-factor * max_lanes.hmax());
   for (i = 0; i + kLanes <= n; i += kLanes) {
-    const Vec e = exp((Vec::load(scores + i) - top) * factor);
+    const Vec e = exp2(fma(Vec::load(scores + i), by, top));
     e.store(y + i);
     sum = sum + e;
   }
   if (i < n) {
-    const Vec e = exp((Vec::load(scores + i, n - i, lowest) - top) * factor);
+    const Vec e = exp2(fma(Vec::load(scores + i, n - i, lowest), by, top));
     e.store(y + i, n - i);
     sum = sum + e;
   }

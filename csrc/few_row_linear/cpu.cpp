@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "few_row_linear/params.h"
 #include "few_row_linear/products.h"
 
@@ -12,9 +13,11 @@ void few_row_linear_run<SimdLevel::MTP_SIMD>(const FewRowLinearParams& p, int th
   using namespace MTP_SIMD::few_rows;
   dispatch_dtype(p.dtype, [&](auto storage) {
     using T = decltype(storage);
-    const Rows<T> x(static_cast<const T*>(p.x), p.in, p.rows, p.in);
+    Workspace workspace;
+    const MTP_SIMD::Scratch<T> pairs(workspace, 1, Rows<T>::packed_size(p.rows, p.in));
+    const Rows<T> x(static_cast<const T*>(p.x), p.in, p.rows, p.in, pairs.row(0));
     for (int64_t r = 0; r < p.rows; ++r) x.pack(r);
-    parallel_for(threads, p.out, outputs_per_piece(p.out, p.in, threads),
+    parallel_for(threads, p.out, outputs_per_piece<T>(p.out, p.in, threads),
                  [&](int64_t begin, int64_t end) {
                    const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_ld;
                    float* y = p.y + begin;

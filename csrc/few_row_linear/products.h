@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "common/matrix_registers.h"
-#include "common/scratch.h"
+#include "common/prefetch.h"
 #include "common/simd.h"
 #include "common/simd_level.h"
 
@@ -22,6 +22,7 @@ namespace few_rows {
 
 constexpr int kOutputs = 3;                       // rows of the weight at once
 constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
+constexpr int64_t kMatrix = 16;                   // rows of a register of AMX
 
 // Whether products are made on the registers of AMX.
 template <class T>
@@ -38,14 +39,21 @@ inline bool by_matrices() {
 template <class T>
 class Rows {
  public:
-  static constexpr int64_t kTogether = 16, kPair = 2;
+  static constexpr int64_t kTogether = kMatrix, kPair = 2;
 
-  Rows(const T* x, int64_t ld, int64_t rows, int64_t in)
-      : x(x),
-        ld(ld),
-        count(rows),
-        in(in),
-        pairs_(by_matrices<T>() ? blocks() * padded<T>(in) / kPair : 0, kTogether * kPair) {}
+  // `pairs` is memory for packed_size(rows, in) elements, on a cache line.
+  Rows(const T* x, int64_t ld, int64_t rows, int64_t in, T* pairs)
+      : x(x), ld(ld), count(rows), in(in), pairs_(pairs) {}
+
+  static int64_t packed_size(int64_t rows, int64_t in) {
+    return by_matrices<T>() ? blocks_of(rows) * kTogether * padded<T>(in) : 0;
+  }
+
+  // Fetches the memory that pack() writes.
+  void prepare() const {
+    const int64_t size = packed_size(count, in);
+    for (int64_t i = 0; i < size; i += kLineBytes / sizeof(T)) prefetch_to_write(pairs_ + i);
+  }
 
   // Of each row, by any thread, before products().
   void pack(int64_t r) const {
@@ -53,21 +61,24 @@ class Rows {
     T* to = block(r / kTogether) + r % kTogether * kPair;
     const T* from = x + r * ld;
     int64_t i = 0;
-    for (; i + kPair <= in; i += kPair, to += pairs_.ld) memcpy(to, from + i, kPair * sizeof(T));
-    for (; i < padded<T>(in); i += kPair, to += pairs_.ld) {
+    for (; i + kPair <= in; i += kPair, to += kStep) memcpy(to, from + i, kPair * sizeof(T));
+    for (; i < padded<T>(in); i += kPair, to += kStep) {
       for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? from[i + j] : T{};
     }
   }
 
-  int64_t blocks() const { return (count + kTogether - 1) / kTogether; }
+  int64_t blocks() const { return blocks_of(count); }
   // Rows [b * kTogether, ...): (padded(in) / kPair, kTogether, kPair).
-  T* block(int64_t b) const { return pairs_.row(b * padded<T>(in) / kPair); }
+  T* block(int64_t b) const { return pairs_ + b * kTogether * padded<T>(in); }
 
   const T* const x;
   const int64_t ld, count, in;
 
  private:
-  const Scratch<T> pairs_;
+  static constexpr int64_t kStep = kTogether * kPair;
+  static int64_t blocks_of(int64_t rows) { return (rows + kTogether - 1) / kTogether; }
+
+  T* const pairs_;
 };
 
 // sums[r] = the lanes of a[r] added up, in an order that does not depend on R.
@@ -178,7 +189,8 @@ void with_rows(int64_t rows, const F& f, std::integer_sequence<int, r...>) {
 template <class F>
 void matrix_products(const Rows<BFloat16>& x, const BFloat16* weight, int64_t ld, int64_t out,
                      const F& take) {
-  constexpr int64_t kTile = 16, kInputs = 32, kBytes = sizeof(BFloat16), kLine = kInputs * kBytes;
+  constexpr int64_t kTile = kMatrix, kInputs = 32, kBytes = sizeof(BFloat16),
+                    kLine = kInputs * kBytes;
   const __m512i column =
       _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
   alignas(64) BFloat16 edges[2][kTile][kInputs];
@@ -257,14 +269,24 @@ void products(const Rows<T>& x, const T* weight, int64_t ld, int64_t out, const 
   }
 }
 
-// Outputs of `in` products each that are worth handing to a thread: not too few, and two pieces a
-// thread, so that one that is disturbed leaves some of its share to the others.
-inline int64_t outputs_per_piece(int64_t out, int64_t in, int threads) {
+// Fetches the rows of the weight with which products() begins, if it goes through them in order.
+template <class T>
+void prefetch_first(const T* weight, int64_t ld, int64_t out) {
+  if (!by_matrices<T>()) return;
+  const int64_t size = std::min(out, 2 * kMatrix) * ld;
+  for (int64_t i = 0; i < size; i += kLineBytes / sizeof(T)) __builtin_prefetch(weight + i, 0, 2);
+}
+
+// Outputs of `in` products each that are worth handing to a thread: not too few, two pieces a
+// thread, so that one that is disturbed leaves some of its share to the others, and as many whole
+// steps of products().
+template <class T>
+int64_t outputs_per_piece(int64_t out, int64_t in, int threads) {
   constexpr int64_t kSmallest = 16384;
-  const int64_t pieces = out / (2 * int64_t{threads});
-  const int64_t smallest = kSmallest / (in > 0 ? in : 1);
-  const int64_t grain = pieces > smallest ? pieces : smallest;
-  return grain + kOutputs - grain % kOutputs;
+  const int64_t step = by_matrices<T>() ? 2 * kMatrix : kOutputs;
+  const int64_t grain =
+      std::max(out / (2 * int64_t{threads}), kSmallest / std::max<int64_t>(in, 1));
+  return std::max<int64_t>((grain + step - 1) / step, 1) * step;
 }
 
 }  // namespace few_rows

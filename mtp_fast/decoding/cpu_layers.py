@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_fast import _C
 from mtp_fast.decoding.rows import Rows
 from mtp_fast.models import Block, MTPTransformer
-from mtp_fast.ops._common import DTYPE_CODES, call_kernel
+from mtp_fast.ops._common import DTYPE_CODES, BoundKernel, bind_kernel, call_kernel
 from mtp_fast.ops.few_row_linear import few_row_linear
 
 # Rows of one call, all sequences together: as many as the caches take beside the weights.
@@ -94,6 +94,7 @@ class CPULayers:
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
         cache.zero_()
         # What the arguments point to must live as long as they do.
+        self._workspace = _C.Workspace()
         self._owned = (weights, cache, rope)
         self._arguments = (
             *weights.shape,
@@ -110,7 +111,7 @@ class CPULayers:
             weights.embedding.data_ptr(),
             weights.unembedding.data_ptr(),
         )
-        self._calls: dict[str, tuple[tuple[Tensor | None, ...], tuple[int, ...]]] = {}
+        self._calls: dict[str, tuple[tuple[Tensor | None, ...], BoundKernel]] = {}
 
     def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.forward`."""
@@ -119,6 +120,7 @@ class CPULayers:
     def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.step`."""
         if tokens.numel() > ROWS_PER_CALL:
+            self._outputs = None
             return self._in_pieces(tokens, rows.start, unembed=True)
         if self._outputs is None or self._outputs[0].shape[:2] != tokens.shape:
             self._outputs = self._memory(tokens, unembed=True)
@@ -130,14 +132,32 @@ class CPULayers:
         return few_row_linear(x, self._unembedding).view(*hidden.shape[:-1], -1)
 
     def draft_logits(
-        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+        self,
+        trunk: Tensor,
+        at: Tensor,
+        row: Rows,
+        *,
+        out: Tensor | None = None,
+        drafts: Tensor | None = None,
     ) -> Tensor:
         """See `IncrementalModel.draft_logits`."""
         if self._draft_logits.shape[1] == 0:
             raise ValueError("no drafting heads: n_heads is 1")
-        logits = self._draft_logits
+        logits = self._draft_logits if out is None else out
         self._call("decode_heads", row.start, None, trunk, None, logits, at, drafts)
         return logits
+
+    def repeated(
+        self, between: Sequence[BoundKernel], behind: Sequence[BoundKernel]
+    ) -> BoundKernel | None:
+        """See `IncrementalModel.repeated`."""
+        if self._outputs is None:
+            return None
+        layers, heads = (
+            [self._calls[name][1]] if name in self._calls else []
+            for name in ("decode_layers", "decode_heads")
+        )
+        return _C.in_sequence([*layers, *between, *heads, *behind])
 
     def _in_pieces(self, tokens: Tensor, start: Tensor, *, unembed: bool) -> tuple[Tensor, Tensor]:
         size = max(1, ROWS_PER_CALL // len(tokens))
@@ -176,19 +196,22 @@ class CPULayers:
     ) -> None:
         """Call a kernel. What it was called with the last time is not taken apart again."""
         tensors = (start, tokens, trunk, hidden, logits, trunk_row, drafts)
-        last, arguments = self._calls.get(name, ((), ()))
-        if len(last) == 0 or any(a is not b for a, b in zip(tensors, last, strict=True)):
+        call = self._calls.get(name)
+        if call is None or any(a is not b for a, b in zip(tensors, call[0], strict=True)):
             whole = [None if t is None else t.contiguous() for t in tensors[:-1]]
-            arguments = (
+            kernel = bind_kernel(
+                name,
+                trunk,
+                *self._arguments,
                 len(start),
                 1 if tokens is None else tokens.shape[1],
                 *(0 if t is None else t.data_ptr() for t in whole),
                 trunk.shape[1],
                 *((0, 0) if drafts is None else (drafts.data_ptr(), drafts.stride(0))),
+                self._workspace,
             )
-            last = (*whole, drafts)
-            self._calls[name] = (last, arguments)
-        call_kernel(name, trunk, *self._arguments, *arguments)
+            call = self._calls[name] = ((*whole, drafts), kernel)
+        call[1]()
 
 
 def _addresses(tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -9,6 +9,8 @@ float32, whatever the weights are stored in; on a GPU it is torch's ops (`TorchL
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from mtp_fast.decoding.rows import Rows
 from mtp_fast.decoding.torch_layers import TorchLayers
 from mtp_fast.models import Block, MTPTransformer, Trunk
 from mtp_fast.models.transformer import rope_table
+from mtp_fast.ops._common import BoundKernel
 
 
 class PreparedModel:
@@ -142,11 +145,15 @@ class IncrementalModel:
         return self._layers.logits(hidden)
 
     def draft_logits(
-        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+        self,
+        trunk: Tensor,
+        at: Tensor,
+        row: Rows,
+        *,
+        out: Tensor | None = None,
+        drafts: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, n_heads - 1, vocab_size) of the drafting heads at one row a sequence.
-
-        On a CPU the next call overwrites them.
 
         Parameters
         ----------
@@ -156,7 +163,19 @@ class IncrementalModel:
             (B,) int64: which of the S rows it is.
         row : Rows
             The row's place, one a sequence, whose keys and values `forward` has stored.
+        out : Tensor, optional
+            Where they go: contiguous, in `dtype`. Else on a CPU the next call overwrites them.
         drafts : Tensor, optional
             (B, n_heads - 1) int64, contiguous rows: where the most likely tokens go.
         """
-        return self._layers.draft_logits(trunk, at, row, drafts)
+        return self._layers.draft_logits(trunk, at, row, out=out, drafts=drafts)
+
+    def repeated(
+        self, between: Sequence[BoundKernel], behind: Sequence[BoundKernel]
+    ) -> BoundKernel | None:
+        """Return one call of the last `step`, `between`, the last `draft_logits` and `behind`.
+
+        They read and write the tensors that they had then. None where they are no calls of kernels:
+        on a GPU, and on a CPU if the step's rows were too many for one.
+        """
+        return self._layers.repeated(between, behind)

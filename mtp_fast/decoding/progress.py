@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_fast.ops._common import call_kernel
+from mtp_fast.ops._common import BoundKernel, bind_kernel
 from mtp_fast.ops.acceptance import AcceptResult
 
 
 class Progress:
-    """What a decode loop keeps of B sequences; `commit` takes it a step further.
+    """What a decode loop keeps of B sequences; a call by `commit` takes it a step further.
 
     Every field is a device tensor that is written in place, so that a step may be captured in a
     CUDA graph.
@@ -63,6 +63,9 @@ class Progress:
         self.output = zeros(batch, int(limit.max()))
         self.drafted = zeros(self.output.shape, dtype=torch.bool)
         self.block = zeros(batch, width)
+        fields = (self.produced, self.position, self.live)
+        # From tensors it takes ten times as long, once in a step.
+        self._readable = [f.numpy() if f.device.type == "cpu" else f for f in fields]
         ends = (0, 0, 0)
         if end_tokens is not None:
             self._end_tokens = end_tokens = end_tokens.contiguous()
@@ -82,12 +85,19 @@ class Progress:
             width,
         )
 
-    def commit(self, result: AcceptResult) -> None:
-        """Append what `speculative_accept` found in the current block, and lay out the next one.
+    def read(self) -> tuple[list[int], list[int], list[bool]]:
+        """Return `produced`, `position` and `live` as lists. Waits for the device."""
+        produced, position, live = (field.tolist() for field in self._readable)
+        return produced, position, live
 
-        All but the next block's drafts is written: they go to ``block[:, 1:]``.
+    def commit(self, result: AcceptResult) -> BoundKernel:
+        """Return a call that appends what `result` then holds, and lays out the next block.
+
+        `result` is what `speculative_accept` found in the current block. All but the next block's
+        drafts is written: they go to ``block[:, 1:]``. It may be called until the next is made.
         """
-        call_kernel(
+        self._result = result  # lives as long as the call has its addresses
+        return bind_kernel(
             "commit",
             self.output,
             *self._arguments,

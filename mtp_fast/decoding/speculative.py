@@ -20,7 +20,8 @@ from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel, check
 from mtp_fast.decoding.progress import Progress
 from mtp_fast.decoding.rows import pick
 from mtp_fast.models import MTPConfig, MTPTransformer
-from mtp_fast.ops._acceptance_calls import Acceptance
+from mtp_fast.ops._acceptance_calls import Acceptance, Draw
+from mtp_fast.ops._common import BoundKernel
 from mtp_fast.ops.acceptance import prepare_acceptance, prepare_sample
 
 PREFILL_CHUNK = 512
@@ -232,7 +233,7 @@ class _Decoder:
         # The last step may write its whole block beyond the limit.
         capacity = int((lengths + limits).max()) + n_heads
         self.capacity = self.length = capacity  # length: slots that attention reads
-        self.steps_per_check = STEPS_PER_CHECK[device.type]
+        self.steps_per_check, self.on_cpu = STEPS_PER_CHECK[device.type], device.type == "cpu"
         self.model = IncrementalModel(model, n_heads, batch, capacity)
         self.progress = Progress(
             lengths.to(device),
@@ -241,9 +242,15 @@ class _Decoder:
             None if end_tokens is None else end_tokens.to(device),
         )
         self.drafts = self.progress.block[:, 1:]
+        self.output = self.progress.output.unbind()
         self.reported = [0] * batch
         self.accept: Acceptance | None = None
+        self.append: BoundKernel | None = None
+        self.whole_step: BoundKernel | None = (
+            None  # all that a step calls, where that is kernels alone
+        )
         self.draft_logits: Tensor | None = None
+        self.draws: list[Draw] = []
         if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
             shape = (batch, n_heads - 1, model.config.vocab_size)
             self.draft_logits = torch.zeros(shape, dtype=self.model.dtype, device=device)
@@ -278,13 +285,19 @@ class _Decoder:
 
     def step(self) -> None:
         """One forward over the last token and its drafts, then `commit`."""
+        if self.accept and self.whole_step:
+            self.accept.check(self.whole_step())
+            return
         rows = self.model.rows(self.progress.start, self.width, self.length)
         trunk, logits = self.model.step(self.progress.block, rows)
         self.commit(logits, trunk)
+        if self.accept and self.append:
+            draws = [draw.kernel for draw in self.draws]
+            self.whole_step = self.model.repeated([self.accept.kernel, self.append], draws)
 
     def commit(self, logits: Tensor, trunk: Tensor) -> None:
         """Judge the drafts by head 0's `logits` (B, S, V), emit tokens, draft the next block."""
-        if self.accept is None or self.accept.target_logits is not logits:
+        if not self.accept or not self.append or self.accept.target_logits is not logits:
             judged = logits.shape[1] - 1
             self.accept = prepare_acceptance(
                 logits,
@@ -295,7 +308,9 @@ class _Decoder:
                 position=self.progress.position,
                 **self.sampling,
             )
-        self.progress.commit(self.accept())
+            self.append = self.progress.commit(self.accept.result)
+        self.accept()
+        self.append()
         if self.width > 1:
             self.draft(trunk)
 
@@ -304,25 +319,23 @@ class _Decoder:
         progress = self.progress
         row = self.model.rows(progress.draft_start, 1, self.length)
         if self.draft_logits is None:
-            self.model.draft_logits(trunk, progress.row, row, self.drafts)
+            self.model.draft_logits(trunk, progress.row, row, drafts=self.drafts)
             return
-        self.draft_logits.copy_(self.model.draft_logits(trunk, progress.row, row))
+        self.model.draft_logits(trunk, progress.row, row, out=self.draft_logits)
         for draw in self.draws:
             draw()
 
     def check(self, on_tokens: Callable[[int, Tensor], object] | None) -> bool:
         """Report new tokens; whether any sequence goes on. Waits for the device."""
-        progress = self.progress
+        produced, position, live = self.progress.read()
         if on_tokens is not None:
-            for b, (begin, end) in enumerate(
-                zip(self.reported, progress.produced.tolist(), strict=True)
-            ):
+            for b, (begin, end) in enumerate(zip(self.reported, produced, strict=True)):
                 if end > begin:
                     self.reported[b] = end
-                    on_tokens(b, progress.output[b, begin:end].cpu())
-        places = zip(progress.position.tolist(), progress.live.tolist(), strict=True)
-        longest: int = max((position for position, live in places if live), default=0)
-        if progress.output.device.type == "cpu":
+                    tokens = self.output[b][begin:end]
+                    on_tokens(b, tokens if self.on_cpu else tokens.cpu())
+        longest = max((p for p, goes_on in zip(position, live, strict=True) if goes_on), default=0)
+        if self.on_cpu:
             # Attention need not read slots that no live sequence will have reached.
             reach = longest + self.width * self.steps_per_check - 1
             self.length = min(reach, self.capacity)
@@ -334,7 +347,7 @@ class _Decoder:
         if progress.stuck.any():
             bad = progress.stuck.nonzero().flatten().tolist()
             raise RuntimeError(f"the model's logits are not finite for prompts {bad}")
-        produced, forwards = progress.produced.tolist(), progress.forwards.tolist()
+        produced, forwards = progress.read()[0], progress.forwards.tolist()
         steps = max(1, sum(forwards) - len(forwards))  # the prompt's forward has no drafts
         stats = GenerateStats(
             forwards=forwards,

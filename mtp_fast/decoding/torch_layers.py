@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtp_fast.decoding.rows import Rows, pick
 from mtp_fast.models import Block, KVCache, MTPConfig, MTPTransformer
 from mtp_fast.models.transformer import apply_rope
+from mtp_fast.ops._common import BoundKernel
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +114,13 @@ class TorchLayers:
         return linear(hidden, self._unembedding)
 
     def draft_logits(
-        self, trunk: Tensor, at: Tensor, row: Rows, drafts: Tensor | None = None
+        self,
+        trunk: Tensor,
+        at: Tensor,
+        row: Rows,
+        *,
+        out: Tensor | None = None,
+        drafts: Tensor | None = None,
     ) -> Tensor:
         """See `IncrementalModel.draft_logits`."""
         if self._drafting is None:
@@ -122,7 +129,13 @@ class TorchLayers:
         logits = self.logits(hidden).transpose(0, 1)
         if drafts is not None:
             torch.argmax(logits, -1, out=drafts)
-        return logits
+        return logits if out is None else out.copy_(logits)
+
+    def repeated(
+        self, between: Sequence[BoundKernel], behind: Sequence[BoundKernel]
+    ) -> BoundKernel | None:
+        """See `IncrementalModel.repeated`."""
+        return None
 
     def _normalize(self, x: Tensor) -> Tensor:
         return normalize(x, self._final_scale, self._floor)

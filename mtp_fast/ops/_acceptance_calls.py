@@ -140,7 +140,17 @@ def check_draw(
 
 
 class Acceptance:
-    """A call of the kernel whose arguments are checked, with the memory for its result."""
+    """A call of the kernel whose arguments are checked, with the memory for its result.
+
+    Attributes
+    ----------
+    target_logits : Tensor
+        What is judged.
+    result : AcceptResult
+        Of the last call.
+    kernel : BoundKernel
+        The call itself; `check` takes what it returns.
+    """
 
     def __init__(
         self,
@@ -173,12 +183,14 @@ class Acceptance:
         if draft_logits is not None:
             draft = (draft_logits.data_ptr(), draft_logits.stride(0), draft_logits.stride(1))
         exchange = _exchange(target_logits, batch)
-        self._result = AcceptResult(tokens, num_tokens, num_accepted, logprobs)
+        self.result = AcceptResult(tokens, num_tokens, num_accepted, logprobs)
         self._sampling, self._num_draft = sampling, num_draft
         # What the addresses point to must live as long as they do.
         self.target_logits = target_logits
         self._owned = (draft_tokens, draft_logits, exchange)
-        self._arguments = (
+        self.kernel = _common.bind_kernel(
+            "speculative_accept",
+            target_logits,
             _common.DTYPE_CODES[target_logits.dtype],
             batch,
             rows - 1,
@@ -205,22 +217,27 @@ class Acceptance:
 
     def __call__(self) -> AcceptResult:
         """Judge what the tensors hold now; the result is overwritten by the next call."""
-        fault = _common.call_kernel("speculative_accept", self.target_logits, *self._arguments)
+        self.check(self.kernel())
+        return self.result
+
+    def check(self, fault: tuple[str, int] | None) -> None:
+        """Raise ValueError for what `kernel` found out of range."""
         if fault is not None and fault[0]:
             names, values = (*SAMPLING_NAMES, "num_draft"), (*self._sampling, self._num_draft)
             raise_fault(fault, names, values)
-        return self._result
 
 
 class Draw:
-    """A call of the sampling kernel whose arguments are checked."""
+    """A call of the sampling kernel, `kernel`, whose arguments are checked."""
 
     def __init__(self, logits: Tensor, tokens: Tensor, sampling: Sampling, index: int) -> None:
         batch, vocab = logits.shape
         exchange = _exchange(logits, batch)
         self._sampling = sampling
         self._owned = (logits, tokens, exchange)
-        self._arguments = (
+        self.kernel = _common.bind_kernel(
+            "sample",
+            logits,
             _common.DTYPE_CODES[logits.dtype],
             batch,
             vocab,
@@ -235,7 +252,7 @@ class Draw:
 
     def __call__(self) -> None:
         """Write a token for each row of what the logits are now."""
-        fault = _common.call_kernel("sample", self._owned[0], *self._arguments)
+        fault = self.kernel()
         if fault is not None and fault[0]:
             raise_fault(fault, SAMPLING_NAMES, self._sampling)
 

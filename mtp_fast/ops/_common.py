@@ -1,6 +1,7 @@
 """What every op needs before it calls its kernel: checks of arguments and the kernels' codes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ def call_kernel(name: str, like: Tensor, *arguments: Any) -> Any:
             "install mtp_fast where nvcc is found (MTP_FAST_CUDA=1 insists on it)"
         )
     return kernel(like.get_device(), torch.cuda.current_stream(like.device).cuda_stream, *arguments)
+
+
+# A kernel with its arguments; it returns the name of one that is out of range and the sequence that
+# has it, ("", 0) or None if there is none.
+BoundKernel = Callable[[], tuple[str, int] | None]
+
+
+def bind_kernel(name: str, like: Tensor, *arguments: Any) -> BoundKernel:
+    """Return a call of a decode step's kernel, to be made again and again; on a CPU a `_C.Call`.
+
+    What the arguments point to must live as long as it does.
+    """
+    if on_cuda(like):
+        return partial(call_kernel, name, like, *arguments)
+    kernel: BoundKernel = getattr(_C, f"bind_{name}")(torch.get_num_threads(), *arguments)
+    return kernel
 
 
 def check_tensor(name: str, value: object) -> Tensor:
