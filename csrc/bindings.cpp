@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -207,7 +208,8 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
                            uintptr_t embedding, uintptr_t unembedding, int64_t batch, int64_t rows,
                            uintptr_t start, uintptr_t tokens, uintptr_t trunk, uintptr_t hidden,
                            uintptr_t logits, uintptr_t trunk_row, int64_t trunk_rows,
-                           uintptr_t drafts, int64_t drafts_ld, Workspace* workspace) {
+                           uintptr_t drafts, int64_t drafts_ld,
+                           const std::shared_ptr<Workspace>& workspace) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = pointer<const int64_t>(start)[b];
     if (first < 0 || first + rows > capacity) {
@@ -249,7 +251,7 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   p.drafts = pointer<int64_t>(drafts);
   p.trunk_rows = trunk_rows;
   p.drafts_ld = drafts_ld;
-  p.workspace = workspace;
+  p.workspace = workspace.get();
   p.n_layers = n_layers;
   p.n_blocks = n_blocks;
   p.vocab = vocab;
@@ -415,7 +417,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_pack", &pack, without_gil());
   m.def("advise_huge_pages", &advise_huge_pages);
   // The parts of a decode step.
-  py::class_<Workspace>(m, "Workspace", py::module_local()).def(py::init());
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace", py::module_local())
+      .def(py::init());
   py::class_<Call>(m, "Call", py::module_local()).def("__call__", &Call::operator(), without_gil());
   m.def("in_sequence", &in_sequence);
   m.def("bind_decode_layers", binding(cpu_entry(decode_layers_cpu, decode_params), decode_params));

@@ -14,6 +14,7 @@ from mtp_fast.decoding import cpu_layers, generate
 from mtp_fast.decoding.cpu_layers import runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel
 from mtp_fast.decoding.speculative import _Decoder
+from mtp_fast.models import Block
 from tiny_models import draft_logits, ragged_prompts, sharp_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -177,6 +178,55 @@ def test_torch_multiplies_as_before_behind_a_step():
     assert torch.equal(x @ weight.t(), want)
     again = cached.forward(tokens, cached.rows(torch.zeros(1, dtype=torch.int64), 3, 8))[1]
     assert torch.equal(again, hidden)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e9])
+@torch.no_grad()
+def test_large_attention_scores(decode_level, factor):
+    """Then the largest alone counts; its weight must be 1."""
+    model = sharp_model()
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.attention.qkv.weight[: 6 * model.config.head_dim] *= factor
+    exact, tokens = copy.deepcopy(model).double(), torch.randint(0, 40, (2, 12))
+    cached = IncrementalModel(model, 1, batch=2, capacity=12)
+    got = cached.step(tokens, cached.rows(torch.zeros(2, dtype=torch.int64), 12, 12))[1]
+    want = exact.logits(tokens)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def test_memory_to_write_is_checked():
+    cached = IncrementalModel(sharp_model(), 4, batch=2, capacity=8)
+    zero = torch.zeros(2, dtype=torch.int64)
+    trunk, _ = cached.step(torch.zeros(2, 1, dtype=torch.int64), cached.rows(zero, 1, 8))
+    draft = lambda **memory: cached.draft_logits(trunk, zero, cached.rows(zero, 1, 8), **memory)  # noqa: E731
+    out, drafts = torch.empty(2, 3, 40), torch.empty(2, 5, dtype=torch.int64)
+    assert torch.equal(draft(), draft(out=out))
+    draft(drafts=drafts[:, 1:4])
+    assert torch.equal(drafts[:, 1:4], out.argmax(-1))
+    for bad in (out.bfloat16(), out[:, :2], out.mT.contiguous().mT):
+        with pytest.raises(ValueError, match=r"out: expected \(2, 3, 40\) of torch.float32, cont"):
+            draft(out=bad)
+    for bad in (drafts[:, :2], drafts[:, ::2], drafts[:, :3].int()):
+        with pytest.raises(ValueError, match=r"drafts: expected \(2, 3\) of torch.int64, contig"):
+            draft(drafts=bad)
+
+
+@torch.no_grad()
+def test_a_step_is_repeated_only_while_it_is_the_last():
+    cached = IncrementalModel(sharp_model(), 1, batch=1, capacity=8)
+    zero, tokens = torch.zeros(1, dtype=torch.int64), torch.tensor([[1, 2]])
+    rows = cached.rows(zero, 2, 8)
+    assert cached.repeated([], []) is None
+    _, logits = cached.step(tokens, rows)
+    want = logits.clone()
+    again = cached.repeated([], [])
+    logits.zero_()
+    again()
+    assert torch.equal(logits, want)
+    cached.forward(tokens, rows)
+    assert cached.repeated([], []) is None
 
 
 @DTYPES

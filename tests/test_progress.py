@@ -87,7 +87,7 @@ def test_commit_against_plain_python(device, batch, ends):
     for step in range(8):
         result = random_result(batch, width - 1 if step else 0)  # a prompt has no drafts
         state.block[:, 1:] = torch.arange(1, width)
-        state.commit(AcceptResult(*(x.to(device) for x in result[:3]), None))()
+        state.bind_commit(AcceptResult(*(x.to(device) for x in result[:3]), None))()
         expected_rows = []
         for b, sequence in enumerate(sequences):
             count, stands = int(result.num_tokens[b]), int(result.num_accepted[b])
@@ -123,7 +123,7 @@ def test_a_commit_is_one_launch_without_shared_memory(monkeypatch, batch, blocks
     em = emulator.load()
     em.install(monkeypatch)
     state = Progress(torch.ones(batch, dtype=torch.int64), torch.full((batch,), 9), 4, None)
-    commit, counters = state.commit(random_result(batch, 3)), em.measure()
+    commit, counters = state.bind_commit(random_result(batch, 3)), em.measure()
     commit()
     assert counters.launches == 1
     assert (counters.blocks, counters.threads, counters.shared_bytes) == (blocks, 128, 0)

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "common/simd_level.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -19,6 +20,16 @@ template <class X>
 inline int64_t padded(int64_t in) {
   constexpr int64_t kWhole = std::is_same_v<X, BFloat16> ? 32 : 1;
   return (in + kWhole - 1) / kWhole * kWhole;
+}
+
+// Whether products of rows of X are made on these registers.
+template <class X>
+inline bool by_matrices() {
+#if defined(__AVX512BF16__)
+  return std::is_same_v<X, BFloat16> && has_amx();
+#else
+  return false;
+#endif
 }
 
 #if defined(__AVX512BF16__)

@@ -10,8 +10,8 @@
 namespace mtp {
 namespace MTP_SIMD {
 
-// Rows in a workspace that start on a cache line, so that a vector of them never lies in two; zeros
-// behind `width` elements up to the next row (padded).
+// Rows in a workspace, the first on a cache line and so are all whose width is whole lines: then no
+// vector of them lies in two. Zeros behind `width` elements up to the next row (padded).
 template <class T>
 class Scratch {
  public:

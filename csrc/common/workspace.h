@@ -9,7 +9,8 @@
 
 namespace mtp {
 
-// A call that takes no more than those before allocates nothing. For one call at a time.
+// Calls that take no more than those before allocate nothing, once what the largest took in pieces
+// has become one block. For one call at a time.
 class Workspace {
  public:
   static constexpr size_t kLine = 64;

@@ -26,7 +26,10 @@ class Attention {
         reach_(
             panels_of(*std::max_element(params.start, params.start + params.batch) + params.rows) *
             kPanel),
-        together_(params.rows * reach_ <= kFew ? 2 : 1),
+        together_(by_matrices<X>() && params.rows * reach_ <= kFew &&
+                          abreast * params.batch * params.n_queries >= 2 * threads
+                      ? 2
+                      : 1),
         queries_(*params.workspace, abreast * rows_ * params.n_queries, params.head_dim),
         attended_(*params.workspace, abreast * rows_, params.n_queries * params.head_dim),
         rotated_(*params.workspace, threads, params.head_dim),
@@ -186,7 +189,8 @@ class Attention {
 
  private:
   // So many scores of an attention head leave room for another's in the nearest cache. Then two go
-  // through each stage together: the processor's matrix unit falls asleep between its stages.
+  // through each stage together, if no thread is left without: the processor's matrix unit falls
+  // asleep between its stages.
   static constexpr int64_t kFew = 2048;
 
   struct Place {

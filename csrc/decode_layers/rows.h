@@ -78,7 +78,9 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
   normalize(x, n, 1, scale, n, eps, y, n);
 }
 
-// 2^t within 1.3e-7, relative, for t from -100 to 127; below it is 2^-100. NaN stays NaN.
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^t within 2e-7, relative, for t from -100 to 0; below it is 2^-100. NaN stays NaN.
 inline Vec exp2(Vec t) {
   t = max(Vec(-100.0f), t);  // in this order NaN passes
   const Vec n = round(t), f = t - n;
@@ -90,8 +92,7 @@ inline Vec exp2(Vec t) {
   return scale_by_power(fma(p, f, Vec(1.0f)), n);
 }
 
-// y (n) = exp(scale * (scores - max)) times a factor near 1, with which the returned sum, made
-// before they are rounded, is too.
+// y (n) = exp(scale * (scores - max)); returns their sum, before they are rounded.
 template <class X>
 inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
   const Vec lowest(-std::numeric_limits<float>::infinity());
@@ -99,15 +100,15 @@ inline float exponentials(const float* scores, int64_t n, float scale, X* y) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) max_lanes = max(Vec::load(scores + i), max_lanes);
   if (i < n) max_lanes = max(Vec::load(scores + i, n - i, lowest), max_lanes);
-  const float factor = scale * 1.44269504088896341f;
-  const Vec by(factor), top(-factor * max_lanes.hmax());
+  // Not one fma: of large scores the product's rounding would be large, and the largest not 1.
+  const Vec top(max_lanes.hmax()), factor(scale * kLog2E);
   for (i = 0; i + kLanes <= n; i += kLanes) {
-    const Vec e = exp2(fma(Vec::load(scores + i), by, top));
+    const Vec e = exp2((Vec::load(scores + i) - top) * factor);
     e.store(y + i);
     sum = sum + e;
   }
   if (i < n) {
-    const Vec e = exp2(fma(Vec::load(scores + i, n - i, lowest), by, top));
+    const Vec e = exp2((Vec::load(scores + i, n - i, lowest) - top) * factor);
     e.store(y + i, n - i);
     sum = sum + e;
   }

@@ -24,16 +24,6 @@ constexpr int kOutputs = 3;                       // rows of the weight at once
 constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
 constexpr int64_t kMatrix = 16;                   // rows of a register of AMX
 
-// Whether products are made on the registers of AMX.
-template <class T>
-inline bool by_matrices() {
-#if defined(__AVX512BF16__)
-  return std::is_same_v<T, BFloat16> && has_amx();
-#else
-  return false;
-#endif
-}
-
 // The rows of x as products() reads them: where they are or, for AMX, copied so that the same pair
 // of inputs of 16 rows lies side by side.
 template <class T>

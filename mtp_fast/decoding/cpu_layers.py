@@ -93,8 +93,8 @@ class CPULayers:
         cache = torch.empty(batch, n_blocks, cache_bytes, dtype=torch.uint8)
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
         cache.zero_()
-        # What the arguments point to must live as long as they do.
         self._workspace = _C.Workspace()
+        # What the arguments point to must live as long as they do.
         self._owned = (weights, cache, rope)
         self._arguments = (
             *weights.shape,
@@ -115,7 +115,12 @@ class CPULayers:
 
     def forward(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.forward`."""
-        return self._in_pieces(tokens, rows.start, unembed=False)
+        self._outputs = None
+        outputs = self._in_pieces(tokens, rows.start, unembed=False)
+        # A prompt's rows take far more memory than a step's.
+        self._calls.clear()
+        self._workspace = _C.Workspace()
+        return outputs
 
     def step(self, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `IncrementalModel.step`."""
@@ -144,6 +149,9 @@ class CPULayers:
         if self._draft_logits.shape[1] == 0:
             raise ValueError("no drafting heads: n_heads is 1")
         logits = self._draft_logits if out is None else out
+        _check_memory("out", logits, self._draft_logits.shape, torch.float32)
+        if drafts is not None:
+            _check_memory("drafts", drafts, logits.shape[:2], torch.int64, rows_only=True)
         self._call("decode_heads", row.start, None, trunk, None, logits, at, drafts)
         return logits
 
@@ -212,6 +220,18 @@ class CPULayers:
             )
             call = self._calls[name] = ((*whole, drafts), kernel)
         call[1]()
+
+
+def _check_memory(
+    name: str, x: Tensor, shape: torch.Size, dtype: torch.dtype, *, rows_only: bool = False
+) -> None:
+    """Raise ValueError unless a kernel can write `x`; with `rows_only` its rows may lie apart."""
+    whole = x.stride(-1) == 1 if rows_only else x.is_contiguous()
+    if x.shape != shape or x.dtype != dtype or not whole:
+        raise ValueError(
+            f"{name}: expected {tuple(shape)} of {dtype}, contiguous, got {tuple(x.shape)} of "
+            f"{x.dtype} with strides {x.stride()}"
+        )
 
 
 def _addresses(tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -175,7 +175,8 @@ class IncrementalModel:
     ) -> BoundKernel | None:
         """Return one call of the last `step`, `between`, the last `draft_logits` and `behind`.
 
-        They read and write the tensors that they had then. None where they are no calls of kernels:
-        on a GPU, and on a CPU if the step's rows were too many for one.
+        It reads and writes the tensors that they had then, which must live as long, until the next
+        call of another method. None where they are no calls of kernels: on a GPU, and on a CPU if
+        the step's rows were too many for one, or if a `forward` came after it.
         """
         return self._layers.repeated(between, behind)

@@ -10,7 +10,7 @@ from mtp_fast.ops.acceptance import AcceptResult
 
 
 class Progress:
-    """What a decode loop keeps of B sequences; a call by `commit` takes it a step further.
+    """What a decode loop keeps of B sequences; a call of `bind_commit` takes it a step further.
 
     Every field is a device tensor that is written in place, so that a step may be captured in a
     CUDA graph.
@@ -90,7 +90,7 @@ class Progress:
         produced, position, live = (field.tolist() for field in self._readable)
         return produced, position, live
 
-    def commit(self, result: AcceptResult) -> BoundKernel:
+    def bind_commit(self, result: AcceptResult) -> BoundKernel:
         """Return a call that appends what `result` then holds, and lays out the next block.
 
         `result` is what `speculative_accept` found in the current block. All but the next block's

@@ -244,11 +244,10 @@ class _Decoder:
         self.drafts = self.progress.block[:, 1:]
         self.output = self.progress.output.unbind()
         self.reported = [0] * batch
-        self.accept: Acceptance | None = None
-        self.append: BoundKernel | None = None
-        self.whole_step: BoundKernel | None = (
-            None  # all that a step calls, where that is kernels alone
-        )
+        # What judges a step's rows, and what appends its result.
+        self.judge: tuple[Acceptance, BoundKernel] | None = None
+        # All that a step calls, where that is kernels alone.
+        self.whole_step: BoundKernel | None = None
         self.draft_logits: Tensor | None = None
         self.draws: list[Draw] = []
         if n_heads > 1 and torch.as_tensor(sampling["temperature"]).any():
@@ -285,21 +284,24 @@ class _Decoder:
 
     def step(self) -> None:
         """One forward over the last token and its drafts, then `commit`."""
-        if self.accept and self.whole_step:
-            self.accept.check(self.whole_step())
+        if self.judge and self.whole_step:
+            # A fault is in the sampling arguments, which are the draws' too.
+            self.judge[0].check(self.whole_step())
             return
         rows = self.model.rows(self.progress.start, self.width, self.length)
         trunk, logits = self.model.step(self.progress.block, rows)
-        self.commit(logits, trunk)
-        if self.accept and self.append:
-            draws = [draw.kernel for draw in self.draws]
-            self.whole_step = self.model.repeated([self.accept.kernel, self.append], draws)
+        accept, append = self.commit(logits, trunk)
+        draws = [draw.kernel for draw in self.draws]
+        self.whole_step = self.model.repeated([accept.kernel, append], draws)
 
-    def commit(self, logits: Tensor, trunk: Tensor) -> None:
-        """Judge the drafts by head 0's `logits` (B, S, V), emit tokens, draft the next block."""
-        if not self.accept or not self.append or self.accept.target_logits is not logits:
+    def commit(self, logits: Tensor, trunk: Tensor) -> tuple[Acceptance, BoundKernel]:
+        """Judge the drafts by head 0's `logits` (B, S, V), emit tokens, draft the next block.
+
+        Returns what judged and what appended.
+        """
+        if self.judge is None or self.judge[0].target_logits is not logits:
             judged = logits.shape[1] - 1
-            self.accept = prepare_acceptance(
+            accept = prepare_acceptance(
                 logits,
                 self.drafts[:, :judged],
                 draft_logits=None if self.draft_logits is None else self.draft_logits[:, :judged],
@@ -308,11 +310,13 @@ class _Decoder:
                 position=self.progress.position,
                 **self.sampling,
             )
-            self.append = self.progress.commit(self.accept.result)
-        self.accept()
-        self.append()
+            self.judge = (accept, self.progress.bind_commit(accept.result))
+        accept, append = self.judge
+        accept()
+        append()
         if self.width > 1:
             self.draft(trunk)
+        return self.judge
 
     def draft(self, trunk: Tensor) -> None:
         """Draft the next block from the trunk's output `trunk` (B, S, dim) at the last row kept."""

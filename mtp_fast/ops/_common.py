@@ -45,9 +45,10 @@ BoundKernel = Callable[[], tuple[str, int] | None]
 
 
 def bind_kernel(name: str, like: Tensor, *arguments: Any) -> BoundKernel:
-    """Return a call of a decode step's kernel, to be made again and again; on a CPU a `_C.Call`.
+    """Return a call of a decode step's kernel, to be made again and again.
 
-    What the arguments point to must live as long as it does.
+    What the arguments point to must live as long. On a CPU it is a `_C.Call`, on as many threads as
+    torch has now; on CUDA it goes to the stream that is current then.
     """
     if on_cuda(like):
         return partial(call_kernel, name, like, *arguments)
