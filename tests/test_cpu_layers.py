@@ -6,6 +6,7 @@ The kernel is driven through `IncrementalModel`, which hands it all that it does
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,21 @@ def test_memory_to_write_is_checked():
     for bad in (drafts[:, :2], drafts[:, ::2], drafts[:, :3].int()):
         with pytest.raises(ValueError, match=r"drafts: expected \(2, 3\) of torch.int64, contig"):
             draft(drafts=bad)
+
+
+@torch.no_grad()
+def test_steps_take_no_more_and_more_memory():
+    cached = IncrementalModel(sharp_model(), 4, batch=4, capacity=16)
+    start, tokens = torch.full((4,), 8), torch.zeros(4, 4, dtype=torch.int64)
+
+    def pages_after(steps):
+        for _ in range(steps):
+            trunk, _ = cached.step(tokens, cached.rows(start, 4, 16))
+            cached.draft_logits(trunk, start - 8, cached.rows(start, 1, 16))
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = pages_after(100)
+    assert pages_after(1000) - before < 2000
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@
 namespace mtp {
 namespace MTP_SIMD {
 
-// Rows in a workspace, the first on a cache line and so are all whose width is whole lines: then no
-// vector of them lies in two. Zeros behind `width` elements up to the next row (padded).
+// Rows in a workspace. The first starts on a cache line; where the width is whole lines, so does
+// every other, and no vector of them lies in two. Zeros behind `width` elements up to the next row
+// (padded).
 template <class T>
 class Scratch {
  public:

@@ -173,10 +173,11 @@ class IncrementalModel:
     def repeated(
         self, between: Sequence[BoundKernel], behind: Sequence[BoundKernel]
     ) -> BoundKernel | None:
-        """Return one call of the last `step`, `between`, the last `draft_logits` and `behind`.
+        """Return one call of the last `step`, `between`, the last `draft_logits`, and `behind`.
 
-        It reads and writes the tensors that they had then, which must live as long, until the next
-        call of another method. None where they are no calls of kernels: on a GPU, and on a CPU if
-        the step's rows were too many for one, or if a `forward` came after it.
+        `draft_logits` is left out if it was never called. The call reads and writes the tensors
+        that they had then, which must live as long, until the next call of another method. None
+        where they are no calls of kernels: on a GPU, and on a CPU if the step's rows were too many
+        for one, or if a `forward` came after it.
         """
         return self._layers.repeated(between, behind)
