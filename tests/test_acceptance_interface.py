@@ -249,6 +249,9 @@ def test_a_prepared_call_checks_its_arguments() -> None:
     settings = dict.fromkeys(("top_k", "top_p", "min_p", "position"))
     with pytest.raises(ValueError, match=r"index: expected an integer in .*, got -1"):
         prepare_sample(TARGET[:, 0], DRAFTS[:, 0], -1, temperature=1.0, seed=0, **settings)
+
+
+def test_a_prepared_call_checks_values_that_are_out_of_range_by_then() -> None:
     temperature = torch.ones(B)
     accept = prepare_acceptance(TARGET, DRAFTS, temperature=temperature)
     accept()

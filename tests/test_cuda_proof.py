@@ -7,6 +7,9 @@ run a fourth time, and the tests of the kernels with them, under AddressSanitize
 UndefinedBehaviorSanitizer, each then under the one schedule that its name decides. Statistical
 tests draw a 1000th of what they draw on the CPU: that the kernels draw as the CPU does is the
 business of test_cuda_acceptance.py.
+
+Without --slow the tests of the interfaces alone run so, under one schedule: a test that holds on
+the CPU only is noticed before the proof is repeated.
 """
 
 import os
@@ -19,14 +22,12 @@ import pytest
 
 import emulator
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64"),
-]
+pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the sources and x86-64")
 
 OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
 OPS += ("linear_cross_entropy_interface", "acceptance_interface", "acceptance_distribution")
 OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
+INTERFACE_TESTS = [name for name in OP_TESTS if name.endswith("_interface.py")]
 KERNELS = ("cuda_cross_entropy", "cuda_acceptance", "progress")
 KERNEL_TESTS = [f"tests/test_{name}.py" for name in KERNELS]
 # What holds on the CPU alone (ignored rows cost nothing, bad targets raise), what tests the
@@ -48,6 +49,19 @@ def run(tests: list[str], environment: dict[str, str], *options: str) -> Done:
     )
 
 
+def on_emulated_kernels() -> dict[str, str]:
+    """The environment of a process that calls them in place of a device's."""
+    return {**os.environ, "MTP_EMULATOR_LIBRARY": str(emulator.build("plain"))}
+
+
+def check(done: Done) -> None:
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+
+def test_interfaces_are_those_of_the_cpu() -> None:
+    check(run(INTERFACE_TESTS, on_emulated_kernels(), "--emulated", "shuffled"))
+
+
 @pytest.fixture(scope="module")
 def sanitized() -> dict[str, str]:
     """The environment of a process that has the sanitizers from its start."""
@@ -65,7 +79,7 @@ def run_sanitized(environment: dict[str, str]) -> Done:
 @pytest.fixture(scope="module")
 def runs(sanitized: dict[str, str]) -> Iterator[dict[str, Future[Done]]]:
     """All runs, begun at once, as many at a time as there are cores."""
-    plain = {**os.environ, "MTP_EMULATOR_LIBRARY": str(emulator.build("plain"))}
+    plain = on_emulated_kernels()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         started = {"sanitizers": pool.submit(run_sanitized, sanitized)}
         for schedule in emulator.SCHEDULES:
@@ -73,12 +87,13 @@ def runs(sanitized: dict[str, str]) -> Iterator[dict[str, Future[Done]]]:
         yield started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*emulator.SCHEDULES, "sanitizers"])
 def test_passes(runs: dict[str, Future[Done]], name: str) -> None:
-    done = runs[name].result()
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    check(runs[name].result())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
