@@ -8,14 +8,26 @@ namespace MTP_SIMD {
 
 constexpr int64_t kLineBytes = 64;
 
-// Into the nearest cache, to be written. Not by a builtin: functions of nothing else are left out.
-inline void prefetch_to_write(const void* p) {
+// Not by builtins where it can be helped: GCC leaves out loops and functions of nothing else.
 #if defined(__x86_64__)
-  __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#define MTP_PREFETCH(instruction, builtin) \
+  __asm__ volatile(instruction " %0" : : "m"(*static_cast<const char*>(p)))
 #else
-  __builtin_prefetch(p, 1, 3);
+#define MTP_PREFETCH(instruction, builtin) builtin
 #endif
+
+// Into the nearest cache.
+inline void prefetch(const void* p) { MTP_PREFETCH("prefetcht0", __builtin_prefetch(p, 0, 3)); }
+
+// Into the second-level cache.
+inline void prefetch_far(const void* p) { MTP_PREFETCH("prefetcht1", __builtin_prefetch(p, 0, 2)); }
+
+// Into the nearest cache, to be written.
+inline void prefetch_to_write(const void* p) {
+  MTP_PREFETCH("prefetchw", __builtin_prefetch(p, 1, 3));
 }
+
+#undef MTP_PREFETCH
 
 }  // namespace MTP_SIMD
 }  // namespace mtp

@@ -61,7 +61,7 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
 // Into the nearest cache, so many bytes ahead that it loads while several rows are computed.
 inline void prefetch_ahead(const void* p) {
   constexpr int64_t kAhead = 4096;
-  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 3);
+  prefetch(static_cast<const char*>(p) + kAhead);
 }
 
 // A panel, the rows to multiply with it, and the caller's numbers for it.
@@ -157,21 +157,21 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
     _tile_zero(1);
     for (int64_t i = 0; i < steps || from < to; ++i) {
       if (i < steps) {
-        const auto prefetch = [&](int64_t quarter) __attribute__((always_inline)) {
+        const auto prefetch_quarter = [&](int64_t quarter) __attribute__((always_inline)) {
           for (int64_t line = 0; line < 8; ++line) prefetch_ahead(w + (8 * quarter + line) * kLine);
         };
         if (panel.fresh && i + kAhead < steps) {
           for (int64_t r = 0; r < tile_rows; ++r) {
-            __builtin_prefetch(x + r * ld + (i + kAhead) * kInputs, 0, 3);
+            prefetch(x + r * ld + (i + kAhead) * kInputs);
           }
         }
-        prefetch(0);
+        prefetch_quarter(0);
         _tile_loadd(2, x + i * kInputs, x_bytes);
-        prefetch(1);
+        prefetch_quarter(1);
         _tile_loadd(3, w, kPairBytes);
-        prefetch(2);
+        prefetch_quarter(2);
         _tile_dpbf16ps(0, 2, 3);
-        prefetch(3);
+        prefetch_quarter(3);
         _tile_loadd(4, w + kPanel, kPairBytes);
         _tile_dpbf16ps(1, 2, 4);
         w += kInputs * kPanel;

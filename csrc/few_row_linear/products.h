@@ -94,9 +94,9 @@ __attribute__((always_inline)) inline void sums_of_lanes(const Vec (&a)[R], floa
 // What comes next of the weight's rows, into the second-level cache: the processor's own
 // prefetching does not run far enough ahead to load while several rows are computed.
 template <class T>
-void prefetch(const T* const (&w)[kOutputs], int64_t i) {
+void prefetch_next(const T* const (&w)[kOutputs], int64_t i) {
   constexpr int64_t kAhead = 4096 / sizeof(T);
-  for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(w[j] + i + kAhead, 0, 2);
+  for (int j = 0; j < kOutputs; ++j) prefetch_far(w[j] + i + kAhead);
 }
 
 // sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack, and what is handed on at
@@ -116,7 +116,7 @@ void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n
   };
   int64_t i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
-    prefetch(w, i);
+    prefetch_next(w, i);
     add([&](const T* p) { return Vec::load(p + i); });
   }
   if (i < n) add([&](const T* p) { return Vec::load(p + i, n - i, zero); });
@@ -143,7 +143,7 @@ void bfloat16_dots(const BFloat16* x, int64_t ld, const BFloat16* const (&w)[kOu
   };
   int64_t i = 0;
   for (; i + kPairs <= n; i += kPairs) {
-    prefetch(w, i);
+    prefetch_next(w, i);
     add([&](const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p + i); });
   }
   if (i < n) {
@@ -208,7 +208,7 @@ void matrix_products(const Rows<BFloat16>& x, const BFloat16* weight, int64_t ld
       for (int64_t i = 0; i < x.in; i += kInputs, pairs += kInputs * kTile) {
         // What comes next, in the order of memory.
         const BFloat16* next = weight + (o + 2 * kTile) * ld + i * 2 * kTile;
-        for (int64_t j = 0; j < 2 * kTile; ++j) __builtin_prefetch(next + j * kInputs, 0, 2);
+        for (int64_t j = 0; j < 2 * kTile; ++j) prefetch_far(next + j * kInputs);
         const Operand first = operand(o, i, edges[0]), second = operand(o + kTile, i, edges[1]);
         _tile_loadd(4, pairs, kLine);
         _tile_loadd(2, first.data, first.step);
@@ -264,7 +264,7 @@ template <class T>
 void prefetch_first(const T* weight, int64_t ld, int64_t out) {
   if (!by_matrices<T>()) return;
   const int64_t size = std::min(out, 2 * kMatrix) * ld;
-  for (int64_t i = 0; i < size; i += kLineBytes / sizeof(T)) __builtin_prefetch(weight + i, 0, 2);
+  for (int64_t i = 0; i < size; i += kLineBytes / sizeof(T)) prefetch_far(weight + i);
 }
 
 // Outputs of `in` products each that are worth handing to a thread: not too few, two pieces a
