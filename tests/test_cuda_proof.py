@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(not emulator.AVAILABLE, reason="needs the source
 
 OPS = ("cross_entropy", "linear_cross_entropy", "multi_token_cross_entropy", "acceptance")
 OPS += ("linear_cross_entropy_interface", "acceptance_interface", "acceptance_distribution")
-OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
+OP_TESTS = [f"test_{op}.py" for op in OPS]
 INTERFACE_TESTS = [name for name in OP_TESTS if name.endswith("_interface.py")]
 KERNELS = ("cuda_cross_entropy", "cuda_acceptance", "progress")
-KERNEL_TESTS = [f"tests/test_{name}.py" for name in KERNELS]
+KERNEL_TESTS = [f"test_{name}.py" for name in KERNELS]
 # What holds on the CPU alone (ignored rows cost nothing, bad targets raise), what tests the
 # reference or, with faults of its own, the tests, and what measures memory, in processes of its own
 # that know no emulator.
@@ -44,8 +44,9 @@ def run(tests: list[str], environment: dict[str, str], *options: str) -> Done:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
     command += ["-k", " and ".join(f"not {name}" for name in LEFT_OUT), *options, *tests]
     environment = {**environment, "OMP_NUM_THREADS": "1"}  # as many runs as cores
+    # Not from the root: the package's source there would hide the package that is installed.
     return subprocess.run(
-        command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True
+        command, cwd=emulator.HERE.parent, env=environment, capture_output=True, text=True
     )
 
 
@@ -73,7 +74,7 @@ def run_sanitized(environment: dict[str, str]) -> Done:
     done = run(OP_TESTS, environment, "--emulated", "mixed")
     if done.returncode != 0:
         return done
-    return run([*KERNEL_TESTS, "tests/test_emulator.py"], environment)
+    return run([*KERNEL_TESTS, "test_emulator.py"], environment)
 
 
 @pytest.fixture(scope="module")
