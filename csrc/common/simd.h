@@ -35,6 +35,14 @@ struct Vec {
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  // p[0], p[2], ... and p[1], p[3], ...
+  static Vec load_even(const BFloat16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  static Vec load_odd(const BFloat16* p) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high));
+  }
   static Vec load(const float* p, int64_t n, Vec fill) {
     return _mm512_mask_loadu_ps(fill.v, first(n), p);
   }
@@ -113,6 +121,14 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
   }
   static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  // p[0], p[2], ... and p[1], p[3], ...
+  static Vec load_even(const BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+  }
+  static Vec load_odd(const BFloat16* p) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), high));
+  }
   template <class T>
   static Vec load(const T* p, int64_t n, Vec fill) {
     float lanes[kLanes];
@@ -209,6 +225,17 @@ struct Vec {
   static Vec load(const T* p) {
     return Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
+  // p[0], p[2], ... and p[1], p[3], ...
+  static Vec load_even(const BFloat16* p) {
+    Int4 pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return (Float4)(kLittleEndian ? pairs << 16 : pairs & kHigh);
+  }
+  static Vec load_odd(const BFloat16* p) {
+    Int4 pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return (Float4)(kLittleEndian ? pairs & kHigh : pairs << 16);
+  }
   template <class T>
   static Vec load(const T* p, int64_t n, Vec fill) {
     for (int64_t i = 0; i < n; ++i) fill.v[i] = to_float(p[i]);
@@ -254,6 +281,10 @@ struct Vec {
     return a > b ? a : b;
   }
   float hsum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+ private:
+  static constexpr bool kLittleEndian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  static constexpr int32_t kHigh = -65536;
 };
 
 #endif

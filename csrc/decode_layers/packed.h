@@ -82,7 +82,7 @@ struct PackedBlock {
   static void pack_panel(const T* first, int64_t firsts, const T* second, int64_t seconds,
                          int64_t in, T* panel) {
     pack_half<X>(first, firsts, in, panel);
-    pack_half<X>(second, seconds, in, panel + kLanes * kDepth<X>);
+    pack_half<X>(second, seconds, in, panel + PanelOrder<T, X>::kSecond);
   }
 };
 

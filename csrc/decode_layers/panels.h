@@ -23,8 +23,9 @@ namespace mtp {
 namespace MTP_SIMD {
 
 constexpr int64_t kLanes = Vec::kLanes;
-constexpr int64_t kPanel = 2 * kLanes;           // outputs of a panel: two vectors
-constexpr int kTileRows = kLanes == 16 ? 8 : 4;  // of x at once: the sums stay in registers
+constexpr int64_t kPanel = 2 * kLanes;  // outputs of a panel: two vectors
+// Rows of x at once: as many as let their sums stay in registers.
+constexpr int kTileRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 
 template <class X>
 constexpr int64_t kDepth = std::is_same_v<X, BFloat16> ? 2 : 1;  // inputs that lie together
@@ -37,32 +38,35 @@ inline int64_t panel_size(int64_t in) {
   return kPanel * padded<X>(in);
 }
 
-// Half of a panel from the first rows of a weight (count, in); outputs beyond them are 0.
+// Where the outputs of a panel's two vectors lie: one vector's beside the other's or, if bfloat16
+// is to be widened, each beside its fellow, so that a shift and a mask make the vectors.
+template <class T, class X>
+struct PanelOrder {
+  static constexpr bool kAlternating = std::is_same_v<T, BFloat16> && std::is_same_v<X, float>;
+  static constexpr int64_t kNext = kAlternating ? 2 : kDepth<X>;  // elements from output to output
+  static constexpr int64_t kSecond = kAlternating ? 1 : kLanes * kDepth<X>;  // to the second vector
+};
+
+// One vector's outputs of a panel, the first rows of a weight (count, in); beyond them they are 0.
 template <class X, class T>
 inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
-  constexpr int64_t kBytes = kDepth<X> * sizeof(T), kStep = kPanel * kDepth<X>;
-  const auto pack = [&](int64_t i, T* to, auto bytes) {
-    for (int64_t o = 0; o < std::min(count, kLanes); ++o) {
-      memcpy(to + o * kDepth<X>, weight + o * in + i, bytes);
+  constexpr int64_t kNext = PanelOrder<T, X>::kNext;
+  for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>, half += kPanel * kDepth<X>) {
+    int64_t o = 0;
+    for (; i + kDepth<X> <= in && o < std::min(count, kLanes); ++o) {
+      memcpy(half + o * kNext, weight + o * in + i, kDepth<X> * sizeof(T));
     }
-  };
-  const int64_t whole = in / kDepth<X>;
-  for (int64_t i = 0; i < panel_size<X>(in) / kStep; ++i) {
-    T* to = half + i * kStep;
-    if (count < kLanes || i >= whole) memset(to, 0, kBytes * kLanes);
-    if (i < whole) {
-      pack(i * kDepth<X>, to, std::integral_constant<size_t, kBytes>{});
-    } else if (i * kDepth<X> < in) {
-      pack(i * kDepth<X>, to, std::integral_constant<size_t, sizeof(T)>{});
+    for (; o < kLanes; ++o) {  // the edges
+      for (int64_t j = 0; j < kDepth<X>; ++j) {
+        half[o * kNext + j] = o < count && i + j < in ? weight[o * in + i + j] : T{};
+      }
     }
   }
 }
 
-// Into the nearest cache, so many bytes ahead that it loads while several rows are computed.
-inline void prefetch_ahead(const void* p) {
-  constexpr int64_t kAhead = 4096;
-  prefetch(static_cast<const char*>(p) + kAhead);
-}
+// What is fetched lies so many bytes ahead that it loads while several rows are computed.
+constexpr int64_t kAhead = 4096;
+inline void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kAhead); }
 
 // A panel, the rows to multiply with it, and the caller's numbers for it.
 template <class T, class X>
@@ -78,33 +82,45 @@ struct Sums {
   Vec first, second;
 };
 
-// Rows of x are `ld` apart. The rows are a pack, since sums with an index that varies would live in
-// memory.
+// Where a pass over a panel fetches what comes next: `step` bytes further with each input.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// sums += products. Rows of x are `ld` apart. The rows are a pack, since sums with an index that
+// varies would live in memory. Not inline: the compiler keeps the caller's constants in registers,
+// and has none left for the sums.
 template <class T, int... r>
-inline void panel_sums(const float* x, int64_t ld, const T* panel, int64_t in, Sums* out,
-                       std::integer_sequence<int, r...>) {
+__attribute__((noinline)) void panel_sums(const float* x, int64_t ld, const T* panel, int64_t in,
+                                          Ahead ahead, Sums* sums,
+                                          std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
-  ((a[r] = b[r] = Vec(0.0f)), ...);
-  for (int64_t i = 0; i < in; ++i, panel += kPanel) {
-    prefetch_ahead(panel);
-    if (sizeof(T) * kPanel > 64) prefetch_ahead(panel + kLanes);
-    const Vec w0 = Vec::load(panel), w1 = Vec::load(panel + kLanes);
-    Vec v;
+  ((a[r] = sums[r].first, b[r] = sums[r].second), ...);
+  for (int64_t i = 0; i < in; ++i, panel += kPanel, ahead.at += ahead.step) {
+    prefetch(ahead.at);
+    if (sizeof(T) * kPanel > kLineBytes) prefetch(ahead.at + kLineBytes);
+    Vec w0, w1, v;
+    if constexpr (PanelOrder<T, float>::kAlternating) {
+      w0 = Vec::load_even(panel), w1 = Vec::load_odd(panel);
+    } else {
+      w0 = Vec::load(panel), w1 = Vec::load(panel + kLanes);
+    }
     ((v = Vec(x[r * ld + i]), a[r] = fma(v, w0, a[r]), b[r] = fma(v, w1, b[r])), ...);
   }
-  ((out[r] = {a[r], b[r]}), ...);
+  ((sums[r] = {a[r], b[r]}), ...);
 }
 
 #if defined(__AVX512BF16__)
 
 template <int... r>
-inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int64_t in, Sums* out,
-                       std::integer_sequence<int, r...>) {
+inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int64_t in,
+                       Ahead ahead, Sums* sums, std::integer_sequence<int, r...>) {
   Vec a[sizeof...(r)], b[sizeof...(r)];
-  ((a[r] = b[r] = Vec(0.0f)), ...);
-  for (int64_t i = 0; i < in; i += 2, panel += 2 * kPanel) {
-    prefetch_ahead(panel);
-    prefetch_ahead(panel + kPanel);
+  ((a[r] = sums[r].first, b[r] = sums[r].second), ...);
+  for (int64_t i = 0; i < in; i += 2, panel += 2 * kPanel, ahead.at += 2 * ahead.step) {
+    prefetch(ahead.at);
+    prefetch(ahead.at + kLineBytes);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + kPanel);
     const auto pair = [](const BFloat16* p) {
@@ -117,7 +133,7 @@ inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int
       b[r] = _mm512_dpbf16_ps(b[r].v, w1, v)),
      ...);
   }
-  ((out[r] = {a[r], b[r]}), ...);
+  ((sums[r] = {a[r], b[r]}), ...);
 }
 
 #endif
@@ -137,7 +153,7 @@ template <class N, class F>
 inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
   using P = Panel<BFloat16, BFloat16>;
   constexpr int64_t kRows = 16, kInputs = 32, kLine = 64 / sizeof(BFloat16);
-  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kAhead = 4;
+  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kSteps = 4;
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
   set_up_matrix_registers(tile_rows);
   alignas(64) float sums[2][kRows][kLanes];
@@ -160,9 +176,9 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
         const auto prefetch_quarter = [&](int64_t quarter) __attribute__((always_inline)) {
           for (int64_t line = 0; line < 8; ++line) prefetch_ahead(w + (8 * quarter + line) * kLine);
         };
-        if (panel.fresh && i + kAhead < steps) {
+        if (panel.fresh && i + kSteps < steps) {
           for (int64_t r = 0; r < tile_rows; ++r) {
-            prefetch(x + r * ld + (i + kAhead) * kInputs);
+            prefetch(x + r * ld + (i + kSteps) * kInputs);
           }
         }
         prefetch_quarter(0);
@@ -200,16 +216,29 @@ inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F
     if (has_amx()) return matrix_products(rows, ld, padded<X>(in), next, take);
   }
 #endif
+  constexpr int64_t kTiles = 4, kStep = kPanel * sizeof(T);
+  constexpr auto kRange = std::make_integer_sequence<int, kTileRows>{};
+  const int64_t depth = padded<X>(in);
+  // Tiles of rows take their turns at a part of the panel, so that memory is busy during all.
+  const int64_t tiles = std::max<int64_t>((rows + kTileRows - 1) / kTileRows, 1);
+  const int64_t tile = (rows + tiles - 1) / tiles, together = std::min(tiles, kTiles);
+  const int64_t part = together > 1 ? kAhead / kStep : depth, step = kStep / together;
   for (Panel<T, X> panel; next(panel);) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t n = std::min<int64_t>(kTileRows, rows - row);
-      Sums sums[kTileRows];
-      with_row_count(
-          n,
-          [&](auto tile) {
-            panel_sums(panel.x + row * ld, ld, panel.weights, padded<X>(in), sums, tile);
-          },
-          std::make_integer_sequence<int, kTileRows>{});
+    for (int64_t row = 0; row < rows; row += together * tile) {
+      const int64_t n = std::min(together * tile, rows - row);
+      Sums sums[kTiles * kTileRows];
+      std::fill_n(sums, n, Sums{Vec(0.0f), Vec(0.0f)});
+      for (int64_t i = 0; i < depth; i += part) {
+        const int64_t inputs = std::min(part, depth - i);
+        const T* weights = panel.weights + i * kPanel;
+        Ahead ahead{reinterpret_cast<const char*>(weights) + kAhead, step};
+        for (int64_t r = 0; r < n; r += tile, ahead.at += inputs * step) {
+          const auto add = [&](auto range) {
+            panel_sums(panel.x + (row + r) * ld + i, ld, weights, inputs, ahead, sums + r, range);
+          };
+          with_row_count(std::min(tile, n - r), add, kRange);
+        }
+      }
       for (int64_t r = 0; r < n; ++r) take(panel, row + r, sums[r]);
     }
   }
