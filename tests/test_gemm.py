@@ -18,22 +18,28 @@ from mtp_fast.ops.gemm import gemm
 LEVELS = mtp_fast.build_info()["simd_levels"]
 needs_amx = pytest.mark.skipif("amx" not in LEVELS, reason="the processor has no AMX")
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(params=["torch", pytest.param("amx", marks=needs_amx)])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make products of any size in torch, then with AMX."""
+@pytest.fixture(params=["torch", "torch, in float32", pytest.param("amx", marks=needs_amx)])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Make products of any size in torch, as where it has no 16-bit products, then with AMX."""
     monkeypatch.setattr(module, "SMALLEST_ON_AMX", 1)
+    monkeypatch.setattr(module, "PIECE_BYTES", 1 << 17)
+    in_float32 = request.param == "torch, in float32"
+    monkeypatch.setattr(
+        module, "torch_multiplies", lambda dtype: dtype == torch.float32 or not in_float32
+    )
     _C.set_simd_level(LEVELS.index("amx") if request.param == "amx" else 0)
-    yield
+    yield request.param
     _C.set_simd_level(len(LEVELS) - 1)
 
 
 def stored(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
     """A random matrix; what lies between its elements must not be used."""
     x = torch.randn(rows, columns).to(dtype)
-    other = torch.nan if _C.has_amx() else 1e6  # oneDNN reads beyond a row, times 0
+    other = torch.nan if _C.has_amx() else 1e4  # oneDNN reads beyond a row, times 0
     if layout == "transposed":
         return x.t().contiguous().t()
     if layout == "rows apart":
@@ -60,7 +66,7 @@ SHAPES = [
 
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(products: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_against_float64(products: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, n, k = shape
     for i, (of_a, of_b) in enumerate((a, b) for a in LAYOUTS for b in LAYOUTS):
         if i and max(shape) > 1024 and of_a != of_b:
@@ -68,8 +74,8 @@ def test_against_float64(products: None, shape: tuple[int, int, int], dtype: tor
         a, b = stored(m, k, dtype, of_a), stored(k, n, dtype, of_b)
         exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
         allowed = 2e-6 * size + 1e-6
-        if dtype == torch.bfloat16 and not _C.has_amx():
-            allowed += 2**-8 * exact.abs()  # torch's product is rounded
+        if dtype == torch.bfloat16 and products == "torch":
+            allowed += 2**-8 * exact.abs()  # the product is rounded
         held = torch.randn(m + 2, n)
         for accumulate in (False, True):
             whole = held.clone()
@@ -110,7 +116,7 @@ def test_operands_that_are_not_packed_at_once(
     ("m", "n", "k"), [(256, 300, 8), (64, 2048, 576), (64, 300, 8192)], ids=str
 )
 @pytest.mark.parametrize("values", ["normal", "positive", "of all sizes"])
-def test_no_less_exact_than_torch(products: None, m: int, n: int, k: int, values: str) -> None:
+def test_no_less_exact_than_torch(products: str, m: int, n: int, k: int, values: str) -> None:
     """A product that is left out, or small ones that a large sum swallows, cost digits."""
     a, b = torch.randn(m, k), torch.randn(k, n)
     if values == "positive":
@@ -164,7 +170,7 @@ def test_which_products_are_the_kernels(
 
 
 @DTYPES
-def test_the_same_bits_with_any_number_of_threads(products: None, dtype: torch.dtype) -> None:
+def test_the_same_bits_with_any_number_of_threads(products: str, dtype: torch.dtype) -> None:
     a, b, out = stored(700, 2000, dtype, "transposed"), stored(2000, 600, dtype, "contiguous"), []
     threads = torch.get_num_threads()
     for n in (1, 2, 3):
@@ -178,7 +184,7 @@ def test_the_same_bits_with_any_number_of_threads(products: None, dtype: torch.d
     torch.testing.assert_close(out[0], out[2])
 
 
-def test_numbers_that_are_not_finite_do_not_get_lost(products: None) -> None:
+def test_numbers_that_are_not_finite_do_not_get_lost(products: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         a, b, out = torch.randn(40, 50), torch.randn(50, 60), torch.empty(40, 60)
         a[3, 7] = b[5, 9] = bad
@@ -192,14 +198,14 @@ def test_numbers_that_are_not_finite_do_not_get_lost(products: None) -> None:
 @pytest.mark.parametrize(
     ("value", "other"), [(torch.finfo(torch.float32).max, 1e-30), (1e-30, 1e30)]
 )
-def test_numbers_at_the_ends_of_the_range(products: None, value: float, other: float) -> None:
+def test_numbers_at_the_ends_of_the_range(products: str, value: float, other: float) -> None:
     a, b, out = torch.full((40, 50), value), torch.rand(50, 60) * other, torch.empty(40, 60)
     gemm(a, b, out)
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_bias(products: None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
+def test_bias(products: str, dtype: torch.dtype) -> None:
     a, b, bias = torch.randn(40, 50).to(dtype), torch.randn(50, 60).to(dtype), torch.randn(60)
     out = torch.full((40, 60), torch.nan, dtype=dtype)
     gemm(a, b, out, bias=bias.to(dtype))
@@ -208,10 +214,44 @@ def test_bias(products: None, dtype: torch.dtype) -> None:
     assert not out.isnan().any()
 
 
+@pytest.mark.parametrize("products", ["torch, in float32"], indirect=True)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(999, 60, 70), (60, 999, 70), (60, 70, 999), (150, 150, 150)], ids=str
+)
+def test_16_bit_results_are_rounded_once(
+    products: str, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    a, b = stored(m, k, dtype, "transposed"), stored(k, n, dtype, "rows apart")
+    bias, held = torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    for options in ({}, {"bias": bias}, {"accumulate": True}):
+        out = held.clone() if "accumulate" in options else torch.full_like(held, torch.nan)
+        gemm(a, b, out, **options)
+        expected = exact + (bias if "bias" in options else held if options else 0)
+        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * size + 1e-6
+        assert ((out - expected).abs() <= allowed).all(), list(options)
+
+
+def test_torch_is_asked_for_the_products_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = []
+    monkeypatch.setattr(module, "_in_float32", lambda *_, **__: ours.append(1))
+    expected = []
+    for dtype, has in (
+        (torch.float32, lambda: True),
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    ):
+        x = torch.ones(8, 8, dtype=dtype)
+        gemm(x, x, torch.empty_like(x))
+        expected += [1] * (not has())
+    assert ours == expected
+
+
 @DTYPES
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"label_smoothing": 0.1}], ids=str)
 def test_losses_are_made_of_them(
-    products: None, dtype: torch.dtype, options: dict[str, float]
+    products: str, dtype: torch.dtype, options: dict[str, float]
 ) -> None:
     x, weight = torch.randn(200, 48).to(dtype), (torch.randn(333, 48) * 0.2).to(dtype)
     bias = torch.randn(333).to(dtype)
