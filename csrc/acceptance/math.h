@@ -75,7 +75,7 @@ MTP_HD inline float exponent_scale(double temperature) {
 // them, from being subnormal, which takes processors 200 cycles. Operations that round alike
 // everywhere, so that draws agree between backends.
 template <class F>
-MTP_HD F exp2_of_nonpositive(F t) {
+MTP_HD MTP_INLINE F exp2_of_nonpositive(F t) {
   const F least(-100.0f), bounded = min(max(t, least), F(0.0f));  // in this order NaN is -100
   const F n = round(bounded);
   const F f = bounded - n;

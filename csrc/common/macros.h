@@ -1,4 +1,5 @@
-// The one macro of the project: functions that both backends compile.
+// Functions that both backends compile, and those that must be inlined: where a processor's vectors
+// are short, GCC calls functions of many operations, and every call spills all vectors.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -6,3 +7,4 @@
 #else
 #define MTP_HD
 #endif
+#define MTP_INLINE __attribute__((always_inline)) inline

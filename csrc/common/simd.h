@@ -9,8 +9,10 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
+#include "common/macros.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -73,7 +75,7 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // x * 2^n for integral n; slow where the result is subnormal, or would be but for underflow.
+  // x * 2^n for integral n from -125 to 128; slow where the result is subnormal.
   friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
 
   // Bit i is set where lane i of a equals b.
@@ -170,11 +172,10 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // In two halves, since 2^128 is no float.
+  // As 2 x * 2^(n - 1), since 2^128 is no float.
   friend Vec scale_by_power(Vec x, Vec n) {
-    const __m256i whole = _mm256_cvtps_epi32(n.v);
-    const __m256i half = _mm256_srai_epi32(whole, 1);
-    return x * power(half) * power(_mm256_sub_epi32(whole, half));
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(126));
+    return (x + x) * Vec(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
   }
 
   friend uint32_t equal_lanes(Vec a, Vec b) {
@@ -195,11 +196,6 @@ struct Vec {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
-  }
-
- private:
-  static Vec power(__m256i n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
 };
 
@@ -260,10 +256,9 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
   // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer in the default mode.
   friend Vec round(Vec a) { return (a + Vec(12582912.0f)) - Vec(12582912.0f); }
-  // In two halves, since 2^128 is no float.
+  // As 2 x * 2^(n - 1), since 2^128 is no float.
   friend Vec scale_by_power(Vec x, Vec n) {
-    const Int4 whole = __builtin_convertvector(n.v, Int4), half = whole >> 1;
-    return x * Vec((Float4)((half + 127) << 23)) * Vec((Float4)((whole - half + 127) << 23));
+    return (x + x) * Vec((Float4)((__builtin_convertvector(n.v, Int4) + 126) << 23));
   }
 
   friend uint32_t equal_lanes(Vec a, Vec b) {
@@ -291,10 +286,28 @@ struct Vec {
 
 inline Vec operator-(Vec a) { return Vec(0.0f) - a; }
 
+// x (n) in another type.
+template <class T, class U>
+inline void convert(const T* x, int64_t n, U* y) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) Vec::load(x + i).store(y + i);
+  if (i < n) Vec::load(x + i, n - i, Vec(0.0f)).store(y + i, n - i);
+}
+
+// What rows are multiplied as with a weight of T: bfloat16 where the processor has its products.
+#if defined(__AVX512BF16__)
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+#else
+template <class T>
+using Factor = float;
+#endif
+
 // exp(x) for x <= 88.72, below 2 ulp of the true value (about 1.1 was seen over all floats);
 // exactly 0 below -86.6, so that no result is subnormal, which takes processors 200 cycles. NaN
 // stays NaN.
-inline Vec exp(Vec x) {
+MTP_INLINE Vec exp(Vec x) {
   // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, ln(2) split in two so that n * high is exact.
   const Vec least(-86.6f), bounded = min(Vec(88.72f), max(least, x));  // in this order NaN passes
   const Vec n = round(bounded * Vec(1.44269504088896341f));
@@ -309,7 +322,7 @@ inline Vec exp(Vec x) {
 }
 
 // tanh(x), below 4 ulp: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
-inline Vec tanh(Vec x) {
+MTP_INLINE Vec tanh(Vec x) {
   const Vec y = x * x;
   Vec p = fma(Vec(-5.70498872745e-3f), y, Vec(2.06390887954e-2f));
   p = fma(p, y, Vec(-5.37397155531e-2f));

@@ -27,15 +27,9 @@ struct Lane {
     return a.v < b.v ? yes : no;
   }
   __device__ friend Lane round(Lane a) { return Lane(rintf(a.v)); }
-  // x * 2^n for integral n >= -252, in two halves, since 2^n itself may be subnormal.
+  // x * 2^n for integral n from -126 to 127.
   __device__ friend Lane scale_by_power(Lane x, Lane n) {
-    const int whole = static_cast<int>(n.v), half = whole >> 1;
-    return x * power(half) * power(whole - half);
-  }
-
- private:
-  __device__ static Lane power(int n) {
-    return Lane(bits_to_float(static_cast<uint32_t>(n + 127) << 23));
+    return x * Lane(bits_to_float(static_cast<uint32_t>(static_cast<int>(n.v) + 127) << 23));
   }
 };
 

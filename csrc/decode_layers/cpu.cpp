@@ -223,7 +223,7 @@ class Unembedding {
         rows_(rows),
         grain_(few_rows::outputs_per_piece<T>(params.vocab, params.dim, threads)),
         normalized_(*params.workspace, threads * rows, params.dim),
-        pairs_(*params.workspace, threads, few_rows::Rows<T>::packed_size(rows, params.dim)) {}
+        packed_(*params.workspace, threads, Rows::packed_size(rows, params.dim)) {}
 
   // Row r gives row to(r) of the logits.
   template <class F>
@@ -233,7 +233,7 @@ class Unembedding {
       int64_t begin, end;
       if (!next(begin, end)) return;
       T* y = normalized_.row(worker.index() * rows_);
-      const few_rows::Rows<T> packed(y, normalized_.ld, rows_, p_.dim, pairs_.row(worker.index()));
+      const Rows packed(y, normalized_.ld, rows_, p_.dim, packed_.row(worker.index()));
       packed.prepare();
       few_rows::prefetch_first(weight + begin * p_.dim, p_.dim, end - begin);
       normalize(x, p_.dim, rows_, p_.final_scale, p_.dim, p_.norm_eps, y, normalized_.ld);
@@ -248,10 +248,12 @@ class Unembedding {
   }
 
  private:
+  using Rows = few_rows::Rows<T>;
+
   const DecodeParams& p_;
   const int64_t rows_, grain_;
-  const Scratch<T> normalized_;  // (threads, rows) of dim
-  const Scratch<T> pairs_;       // (threads): Rows
+  const Scratch<T> normalized_;             // (threads, rows) of dim
+  const Scratch<typename Rows::X> packed_;  // (threads)
 };
 
 }  // namespace

@@ -14,14 +14,7 @@ namespace MTP_SIMD {
 // Calls f(T{}, X{}) with the weights' type and the rows' (panels.h).
 template <class F>
 void with_types(DType dtype, const F& f) {
-  dispatch_dtype(dtype, [&](auto storage) {
-#if defined(__AVX512BF16__)
-    constexpr bool kBFloat16Rows = std::is_same_v<decltype(storage), BFloat16>;
-#else
-    constexpr bool kBFloat16Rows = false;
-#endif
-    f(storage, std::conditional_t<kBFloat16Rows, BFloat16, float>{});
-  });
+  dispatch_dtype(dtype, [&](auto storage) { f(storage, Factor<decltype(storage)>{}); });
 }
 
 // A block's matrices, in elements from the beginning. Rows of qkv are ordered by groups of

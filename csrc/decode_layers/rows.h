@@ -37,14 +37,6 @@ inline void store_some(Vec v, X* y, int64_t n) {
   n >= kLanes ? v.store(y) : v.store(y, n);
 }
 
-// x (n) in another type.
-template <class T, class U>
-inline void convert(const T* x, int64_t n, U* y) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) Vec::load(x + i).store(y + i);
-  if (i < n) Vec::load(x + i, n - i, Vec(0.0f)).store(y + i, n - i);
-}
-
 // RMSNorm of each row of x (rows, n) times `scale`; y may be x. What the rows need of memory, which
 // another core may have written, is waited for at once.
 template <class X>

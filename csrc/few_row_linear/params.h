@@ -1,7 +1,7 @@
 // y = x @ weight.T for so few rows that reading the weight is all the work: the unembedding of a
-// decode step. The weight is read once per eight rows, with AMX per sixteen, in place, as the model
-// stores it. A row's result is the same whatever the number of rows and threads, so that a
-// sequence's output does not depend on what is decoded beside it.
+// decode step. The weight is read from memory once, in place, as the model stores it. A row's
+// result is the same whatever the number of rows and threads, so that a sequence's output does not
+// depend on what is decoded beside it.
 #pragma once
 
 #include <cstdint>

@@ -24,51 +24,67 @@ constexpr int kOutputs = 3;                       // rows of the weight at once
 constexpr int kRows = Vec::kLanes == 16 ? 8 : 4;  // of x at once: accumulators fill the registers
 constexpr int64_t kMatrix = 16;                   // rows of a register of AMX
 
-// The rows of x as products() reads them: where they are or, for AMX, copied so that the same pair
-// of inputs of 16 rows lies side by side.
+// The rows of x as products() reads them: where they are; widened, if they are multiplied as
+// float32; for AMX, copied so that the same pair of inputs of 16 rows lies side by side.
 template <class T>
 class Rows {
  public:
+  using X = Factor<T>;
   static constexpr int64_t kTogether = kMatrix, kPair = 2;
 
-  // `pairs` is memory for packed_size(rows, in) elements, on a cache line.
-  Rows(const T* x, int64_t ld, int64_t rows, int64_t in, T* pairs)
-      : x(x), ld(ld), count(rows), in(in), pairs_(pairs) {}
+  // `packed` is memory for packed_size(rows, in) elements, on a cache line.
+  Rows(const T* x, int64_t ld, int64_t rows, int64_t in, X* packed)
+      : count(rows), in(in), x_(x), ld_(ld), packed_(packed) {}
 
   static int64_t packed_size(int64_t rows, int64_t in) {
-    return by_matrices<T>() ? blocks_of(rows) * kTogether * padded<T>(in) : 0;
+    if (by_matrices<T>()) return blocks_of(rows) * kTogether * padded<T>(in);
+    return kWiden ? rows * in : 0;
   }
 
   // Fetches the memory that pack() writes.
   void prepare() const {
     const int64_t size = packed_size(count, in);
-    for (int64_t i = 0; i < size; i += kLineBytes / sizeof(T)) prefetch_to_write(pairs_ + i);
+    for (int64_t i = 0; i < size; i += kLineBytes / sizeof(X)) prefetch_to_write(packed_ + i);
   }
 
   // Of each row, by any thread, before products().
   void pack(int64_t r) const {
-    if (!by_matrices<T>()) return;
-    T* to = block(r / kTogether) + r % kTogether * kPair;
-    const T* from = x + r * ld;
-    int64_t i = 0;
-    for (; i + kPair <= in; i += kPair, to += kStep) memcpy(to, from + i, kPair * sizeof(T));
-    for (; i < padded<T>(in); i += kPair, to += kStep) {
-      for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? from[i + j] : T{};
+    const T* from = x_ + r * ld_;
+    if constexpr (kWiden) {
+      convert(from, in, packed_ + r * in);
+    } else if (by_matrices<T>()) {
+      X* to = block(r / kTogether) + r % kTogether * kPair;
+      int64_t i = 0;
+      for (; i + kPair <= in; i += kPair, to += kStep) memcpy(to, from + i, kPair * sizeof(X));
+      for (; i < padded<T>(in); i += kPair, to += kStep) {
+        for (int64_t j = 0; j < kPair; ++j) to[j] = i + j < in ? from[i + j] : X{};
+      }
     }
   }
 
+  // Row r and, `ld` further on, the next; not for AMX.
+  const X* row(int64_t r) const {
+    if constexpr (kWiden)
+      return packed_ + r * in;
+    else
+      return x_ + r * ld_;
+  }
+  int64_t ld() const { return kWiden ? in : ld_; }
+
   int64_t blocks() const { return blocks_of(count); }
   // Rows [b * kTogether, ...): (padded(in) / kPair, kTogether, kPair).
-  T* block(int64_t b) const { return pairs_ + b * kTogether * padded<T>(in); }
+  X* block(int64_t b) const { return packed_ + b * kTogether * padded<T>(in); }
 
-  const T* const x;
-  const int64_t ld, count, in;
+  const int64_t count, in;
 
  private:
+  static constexpr bool kWiden = !std::is_same_v<T, X>;
   static constexpr int64_t kStep = kTogether * kPair;
   static int64_t blocks_of(int64_t rows) { return (rows + kTogether - 1) / kTogether; }
 
-  T* const pairs_;
+  const T* const x_;
+  const int64_t ld_;
+  X* const packed_;
 };
 
 // sums[r] = the lanes of a[r] added up, in an order that does not depend on R.
@@ -102,7 +118,7 @@ void prefetch_next(const T* const (&w)[kOutputs], int64_t i) {
 // sums[j][r] = x[r] . w[j]; row r of x is x + r * ld. The rows are a pack, and what is handed on at
 // the end is a copy: accumulators with an index that varies, or an address, would live in memory.
 template <class T, int... r>
-void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
+void float_dots(const float* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
                 float (&sums)[kOutputs][kRows], std::integer_sequence<int, r...>) {
   const Vec zero(0.0f);
   Vec a[sizeof...(r)], b[sizeof...(r)], c[sizeof...(r)];
@@ -117,9 +133,9 @@ void float_dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n
   int64_t i = 0;
   for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
     prefetch_next(w, i);
-    add([&](const T* p) { return Vec::load(p + i); });
+    add([&](const auto* p) { return Vec::load(p + i); });
   }
-  if (i < n) add([&](const T* p) { return Vec::load(p + i, n - i, zero); });
+  if (i < n) add([&](const auto* p) { return Vec::load(p + i, n - i, zero); });
   sums_of_lanes({a[r]...}, sums[0]);
   sums_of_lanes({b[r]...}, sums[1]);
   sums_of_lanes({c[r]...}, sums[2]);
@@ -158,13 +174,14 @@ void bfloat16_dots(const BFloat16* x, int64_t ld, const BFloat16* const (&w)[kOu
 #endif
 
 template <int R, class T>
-void dots(const T* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
+void dots(const Factor<T>* x, int64_t ld, const T* const (&w)[kOutputs], int64_t n,
           float (&sums)[kOutputs][kRows]) {
   constexpr auto rows = std::make_integer_sequence<int, R>{};
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) return bfloat16_dots(x, ld, w, n, sums, rows);
-#endif
-  float_dots(x, ld, w, n, sums, rows);
+  if constexpr (std::is_same_v<Factor<T>, float>) {
+    float_dots(x, ld, w, n, sums, rows);
+  } else {
+    bfloat16_dots(x, ld, w, n, sums, rows);
+  }
 }
 
 template <class F, int... r>
@@ -248,7 +265,7 @@ void products(const Rows<T>& x, const T* weight, int64_t ld, int64_t out, const 
     for (int64_t row = 0; row < x.count; row += kRows) {
       const auto tile = [&](auto count) {
         float sums[kOutputs][kRows];
-        dots<count>(x.x + row * x.ld, x.ld, w, x.in, sums);
+        dots<count>(x.row(row), x.ld(), w, x.in, sums);
         for (int j = 0; j < kOutputs && o + j * share < out; ++j) {
           for (int r = 0; r < count; ++r) take(row + r, o + j * share, &sums[j][r], 1);
         }
