@@ -99,15 +99,19 @@ def test_against_the_models_forward_in_float64(decode_level, monkeypatch, dtype,
 @DTYPES
 @torch.no_grad()
 def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
-    """Beside other sequences, beside other rows of its own, at any number of threads."""
-    model = sharp_model().to(dtype)
-    tokens = torch.randint(0, 40, (4, 4))
-    start = torch.zeros(4, dtype=torch.int64)
-    many = IncrementalModel(model, 4, batch=4, capacity=8)
+    """Beside other sequences, beside other rows of its own, at any number of threads.
+
+    Together they are so many, of so many inputs, that they take turns at parts of a weight.
+    """
+    batch = 9
+    model = sharp_model(ffn_dim=600).to(dtype)
+    tokens = torch.randint(0, 40, (batch, 4))
+    start = torch.zeros(batch, dtype=torch.int64)
+    many = IncrementalModel(model, 4, batch=batch, capacity=8)
     trunk, together = many.forward(tokens, many.rows(start, 4, 8))
     drafts = draft_logits(many, trunk, many.rows(start + 3, 1, 8))
     threads = torch.get_num_threads()
-    for b in range(4):
+    for b in range(batch):
         torch.set_num_threads(1 + b % 3)
         single = IncrementalModel(model, 4, batch=1, capacity=8)
         for t in range(4):

@@ -112,7 +112,7 @@ MUTATIONS = [
     Mutation(FILTERS, "static_cast<double>(n) - 0.5", "static_cast<double>(n) + 0.5"),
     Mutation(ACCEPTANCE, "id == draft ? 0.0f : p", "p"),
     Mutation(ACCEPTANCE, "Lane(q) * Lane(on_q)", "Lane(q) * Lane(on_p)"),
-    Mutation(LANE, "return x * power(half) * power(whole - half)", "return x * power(half)"),
+    Mutation(LANE, "static_cast<int>(n.v) + 127", "static_cast<int>(n.v) / 2 + 127"),
     # Its barriers, each line of them.
     Mutation(TEAM, "if (!is_grid()) sync();\n", "\n"),
     Mutation(TEAM, "f();\n    sync();", "f();"),

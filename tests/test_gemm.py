@@ -184,10 +184,12 @@ def test_the_same_bits_with_any_number_of_threads(products: str, dtype: torch.dt
     torch.testing.assert_close(out[0], out[2])
 
 
-def test_numbers_that_are_not_finite_do_not_get_lost(products: str) -> None:
+@DTYPES
+def test_numbers_that_are_not_finite_do_not_get_lost(products: str, dtype: torch.dtype) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
-        a, b, out = torch.randn(40, 50), torch.randn(50, 60), torch.empty(40, 60)
+        a, b = torch.randn(40, 50).to(dtype), torch.randn(50, 60).to(dtype)
         a[3, 7] = b[5, 9] = bad
+        out = torch.full((40, 60), torch.nan)
         gemm(a, b, out)
         finite = out.isfinite()
         assert not finite[3].any()
@@ -231,6 +233,17 @@ def test_16_bit_results_are_rounded_once(
         expected = exact + (bias if "bias" in options else held if options else 0)
         allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6 * size + 1e-6
         assert ((out - expected).abs() <= allowed).all(), list(options)
+
+
+@pytest.mark.parametrize("products", ["torch, in float32"], indirect=True)
+@pytest.mark.parametrize("shape", [(0, 5, 7), (5, 0, 7), (5, 7, 0)], ids=str)
+def test_sizes_of_zero(products: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    a, b = torch.ones(m, k).bfloat16(), torch.ones(k, n).bfloat16()
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((m, n), torch.nan, dtype=dtype)
+        gemm(a, b, out)
+        assert (out == 0).all()
 
 
 def test_torch_is_asked_for_the_products_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // x * 2^n for integral n from -125 to 128; slow where the result is subnormal.
+  // x * 2^n for integral n; on every level, where n is from -125 to 128. Slow where the result is
+  // subnormal.
   friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
 
   // Bit i is set where lane i of a equals b.
@@ -172,7 +173,7 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // As 2 x * 2^(n - 1), since 2^128 is no float.
+  // As 2 x * 2^(n - 1), since 2^128 is no float; n from -125 to 128.
   friend Vec scale_by_power(Vec x, Vec n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(126));
     return (x + x) * Vec(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
@@ -256,7 +257,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
   // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to an integer in the default mode.
   friend Vec round(Vec a) { return (a + Vec(12582912.0f)) - Vec(12582912.0f); }
-  // As 2 x * 2^(n - 1), since 2^128 is no float.
+  // As 2 x * 2^(n - 1), since 2^128 is no float; n from -125 to 128.
   friend Vec scale_by_power(Vec x, Vec n) {
     return (x + x) * Vec((Float4)((__builtin_convertvector(n.v, Int4) + 126) << 23));
   }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "decode_layers/panels.h"
 #include "decode_layers/params.h"

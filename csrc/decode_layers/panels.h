@@ -217,6 +217,7 @@ inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F
   }
 #endif
   constexpr int64_t kTiles = 4, kStep = kPanel * sizeof(T);
+  static_assert(kAhead / kStep % kDepth<X> == 0);
   constexpr auto kRange = std::make_integer_sequence<int, kTileRows>{};
   const int64_t depth = padded<X>(in);
   // Tiles of rows take their turns at a part of the panel, so that memory is busy during all.

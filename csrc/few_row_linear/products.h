@@ -38,13 +38,13 @@ class Rows {
 
   static int64_t packed_size(int64_t rows, int64_t in) {
     if (by_matrices<T>()) return blocks_of(rows) * kTogether * padded<T>(in);
-    return kWiden ? rows * in : 0;
+    return kWiden ? (rows * in + kLine - 1) / kLine * kLine : 0;
   }
 
   // Fetches the memory that pack() writes.
   void prepare() const {
     const int64_t size = packed_size(count, in);
-    for (int64_t i = 0; i < size; i += kLineBytes / sizeof(X)) prefetch_to_write(packed_ + i);
+    for (int64_t i = 0; i < size; i += kLine) prefetch_to_write(packed_ + i);
   }
 
   // Of each row, by any thread, before products().
@@ -79,7 +79,7 @@ class Rows {
 
  private:
   static constexpr bool kWiden = !std::is_same_v<T, X>;
-  static constexpr int64_t kStep = kTogether * kPair;
+  static constexpr int64_t kStep = kTogether * kPair, kLine = kLineBytes / sizeof(X);
   static int64_t blocks_of(int64_t rows) { return (rows + kTogether - 1) / kTogether; }
 
   const T* const x_;

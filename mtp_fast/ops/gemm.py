@@ -1,6 +1,5 @@
 """The matrix products of the chunked losses, summed in float32."""
 
-import itertools
 from functools import cache
 
 import torch
@@ -26,7 +25,8 @@ def gemm(
 
     On a processor with AMX, float32 results of large products are made by a kernel (csrc/gemm).
     Their error is about torch's or less; where a float32 operand is not finite, they are NaN. All
-    else is torch's, 16-bit products on a CPU where torch has but plain loops as float32 products.
+    else is torch's. Where torch has only plain loops for 16 bits on a CPU, its float32 products are
+    used instead.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def gemm(
             out.copy_(bias)
         _on_amx(a, b, out, accumulate=accumulate or bias is not None)
     elif not a.is_cuda and not torch_multiplies(a.dtype):
-        _in_float32(a, b, out, bias=bias, accumulate=accumulate)
+        held = out if accumulate else bias
+        _in_float32(a, b, out, None if held is None else held.expand_as(out))
     elif bias is not None:
         torch.addmm(bias, a, b, out=out)
     elif out.dtype == a.dtype:
@@ -91,53 +92,61 @@ def torch_multiplies(dtype: torch.dtype) -> bool:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if dtype not in names:
         return True
+    if not torch._C._has_mkldnn:
+        return False
     has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported", None)
-    return has is None or bool(has())  # None: a torch without oneDNN
+    return has is None or bool(has())  # None: a torch that does not say
 
 
-def _in_float32(
-    a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None, accumulate: bool
-) -> None:
-    """By pieces of the longest dimension; an operand that it does not cut is converted once."""
-    m, k, n = *a.shape, b.shape[1]
-    longest = max(m, k, n)
-    step = max(PIECE_BYTES // (4 * max(m + k + n - longest, 1)), 1)
+def _in_float32(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> None:
+    """``out = a @ b``, plus `start` (m, n); at most twice PIECE_BYTES of it are float32 at a time.
 
-    def pieces(size: int) -> list[slice]:
-        width = step if size == longest else max(size, 1)
-        return [slice(i, min(i + width, size)) for i in range(0, max(size, 1), width)]
+    The rows are cut as far as it takes, and the larger of the other two dimensions.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if m > max(k, n):  # the same transposed
+        a, b, out, m, n = b.t(), a.t(), out.t(), n, m
+        start = None if start is None else start.t()
+    whole = min(k, n)
+    rows = _pieces(m, PIECE_BYTES // (4 * max(whole, 1)))
+    step = PIECE_BYTES // (4 * (rows[0].stop + whole + 1))
+    columns, inner = _pieces(n, step if n > k else n), _pieces(k, k if n > k else step)
 
-    rows, inner, columns = pieces(m), pieces(k), pieces(n)
-    if len(columns) > 1:
-        a = a.float()
-    if len(rows) > 1:
-        b = b.float()
+    def memory(like: Tensor, x: slice, y: slice) -> Tensor:
+        size = 0 if like.dtype == torch.float32 else x.stop * y.stop
+        return like.new_empty(size, dtype=torch.float32)
 
-    def memory(x: list[slice], y: list[slice]) -> Tensor:
-        return a.new_empty(x[0].stop * y[0].stop, dtype=torch.float32)
+    of_a, of_b = memory(a, rows[0], inner[0]), memory(b, inner[0], columns[0])
+    of_sums = memory(out, rows[0], columns[0])
+    for r in rows:
+        x = _converted(a[r], of_a) if len(inner) == 1 else a[r]
+        for c in columns:
+            part = out[r, c]
+            sums = part if part.dtype == torch.float32 else _stored_like(part, of_sums)
+            if start is not None:
+                sums.copy_(start[r, c])
+            for i in inner:
+                beta = 1.0 if i.start > 0 or start is not None else 0.0
+                sums.addmm_(_converted(x[:, i], of_a), _converted(b[i, c], of_b), beta=beta)
+            part.copy_(sums)
 
-    of_a, of_b, of_sums = memory(rows, inner), memory(inner, columns), memory(rows, columns)
-    for r, c in itertools.product(rows, columns):
-        part = out[r, c]
-        sums = part if part.dtype == torch.float32 else of_sums[: part.numel()].view_as(part)
-        if bias is not None:
-            sums.copy_(bias[c])
-        elif accumulate:
-            sums.copy_(part)
-        beta = 1.0 if accumulate or bias is not None else 0.0
-        for i in inner:
-            sums.addmm_(_converted(a[r, i], of_a), _converted(b[i, c], of_b), beta=beta)
-            beta = 1.0
-        part.copy_(sums)
+
+def _pieces(size: int, width: int) -> list[slice]:
+    """[0, size) in slices of `width`; at least one, which may be empty."""
+    width = max(width, 1)
+    return [slice(i, min(i + width, size)) for i in range(0, max(size, 1), width)]
 
 
 def _converted(x: Tensor, memory: Tensor) -> Tensor:
-    """x (2-D) in float32, in `memory` if it is not, in the order in which it is stored."""
-    if x.dtype == torch.float32:
-        return x
+    """x in float32, in `memory` if it is not."""
+    return x if x.dtype == torch.float32 else _stored_like(x, memory).copy_(x)
+
+
+def _stored_like(x: Tensor, memory: Tensor) -> Tensor:
+    """A matrix in `memory` of the shape of x, rows or columns contiguous as there."""
     if x.stride(0) == 1:
-        return memory[: x.numel()].view(x.t().shape).copy_(x.t()).t()
-    return memory[: x.numel()].view(x.shape).copy_(x)
+        return memory[: x.numel()].view(x.t().shape).t()
+    return memory[: x.numel()].view(x.shape)
 
 
 def _runs_on_amx(a: Tensor, b: Tensor, out: Tensor) -> bool:
