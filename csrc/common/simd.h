@@ -75,7 +75,7 @@ struct Vec {
   friend Vec round(Vec a) {
     return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // x * 2^n for integral n; on every level, where n is from -125 to 128. Slow where the result is
+  // x * 2^n for integral n from -125 to 128, the range of every level. Slow where the result is
   // subnormal.
   friend Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
 
