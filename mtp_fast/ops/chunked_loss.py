@@ -22,7 +22,7 @@ from mtp_fast.ops.cross_entropy import (
     run_rows,
     sum_of_class_weights,
 )
-from mtp_fast.ops.gemm import gemm, scaled_add
+from mtp_fast.ops.gemm import gemm, new_workspace, scaled_add
 
 # Products take longer over other numbers of rows: oneDNN's of bfloat16 for d(hidden) 6 % over 2043
 # than over 2048, MKL's three of float32 4 % in chunks of 1365 than of 1024 or 2048.
@@ -218,6 +218,7 @@ class _Gradients:
 
     def __init__(self, a: Arguments, needs_grad: list[bool]) -> None:
         self.weight = a.weight.to(a.compute_dtype)
+        self.workspace = new_workspace(self.weight)  # of all products
         vocab, dim = a.weight.shape
         rows = (a.n, a.labels.numel(), dim)
         self.needs_grad = needs_grad
@@ -234,13 +235,14 @@ class _Gradients:
         if of_hidden:
             first = chunk[0]
             if len(chunk) == 1 and isinstance(first.rows, slice):
-                gemm(d_logits, self.weight, self.hidden[first.head, first.rows])
+                d_hidden = self.hidden[first.head, first.rows]
+                gemm(d_logits, self.weight, d_hidden, workspace=self.workspace)
             else:
                 d_x = torch.empty_like(x)
-                gemm(d_logits, self.weight, d_x)
+                gemm(d_logits, self.weight, d_x, workspace=self.workspace)
                 _scatter(chunk, d_x, self.hidden)
         if of_weight:
-            gemm(d_logits.t(), x, self.linear, accumulate=self.started)
+            gemm(d_logits.t(), x, self.linear, accumulate=self.started, workspace=self.workspace)
             self.started = True
         if of_bias:
             self.bias += d_logits.sum(0, dtype=torch.float32)
@@ -279,7 +281,7 @@ def sweep(
             # Ignored rows are among these; their gradient is 0, but 0 * NaN is NaN.
             x = x.masked_fill((target == a.ignore_index)[:, None], 0.0)
         logits = buffer[: len(x)]
-        gemm(x, weight.t(), logits, bias=bias)
+        gemm(x, weight.t(), logits, bias=bias, workspace=gradients.workspace)
         row_weights = [piece.row_weight for piece in chunk if piece.row_weight is not None]
         results = allocate_rows(logits)
         run_rows(

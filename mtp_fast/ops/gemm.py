@@ -18,8 +18,24 @@ SMALLEST_ON_AMX = 256
 PIECE_BYTES = 16 << 20
 
 
+def new_workspace(like: Tensor) -> Tensor:
+    """Memory for any number of `gemm`s with operands of the dtype and device of `like`.
+
+    Blocks of megabytes that come and go with each product would make malloc's heap grow instead.
+    """
+    needed = like.device.type == "cpu" and like.dtype != torch.float32
+    size = max(2 * PIECE_BYTES, PRODUCT_BYTES) if needed else 0
+    return like.new_empty(size, dtype=torch.uint8)
+
+
 def gemm(
-    a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, accumulate: bool = False
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    workspace: Tensor | None = None,
 ) -> None:
     """``out = a @ b``, plus a bias or what `out` holds.
 
@@ -38,14 +54,17 @@ def gemm(
         (n,), of the dtype of `out`, which is that of `a`; not with `accumulate`.
     accumulate : bool
         Whether to add to what `out` holds.
+    workspace : Tensor, optional
+        `new_workspace(a)`; not one that is in use.
     """
+    workspace = new_workspace(a) if workspace is None else workspace
     if _runs_on_amx(a, b, out):
         if bias is not None:
             out.copy_(bias)
         _on_amx(a, b, out, accumulate=accumulate or bias is not None)
     elif not a.is_cuda and not torch_multiplies(a.dtype):
         held = out if accumulate else bias
-        _in_float32(a, b, out, None if held is None else held.expand_as(out))
+        _in_float32(a, b, out, None if held is None else held.expand_as(out), workspace)
     elif bias is not None:
         torch.addmm(bias, a, b, out=out)
     elif out.dtype == a.dtype:
@@ -53,12 +72,11 @@ def gemm(
     elif a.is_cuda:
         _float32_from_16_bits(a, b, out, accumulate=accumulate)
     else:
-        rows = max(PRODUCT_BYTES // (max(out.shape[1], 1) * a.itemsize), 1)
-        product = a.new_empty(min(rows, len(a)), out.shape[1])
-        for start in range(0, len(a), rows):
-            sums = out[start : start + rows]
-            torch.mm(a[start : start + rows], b, out=product[: len(sums)])
-            scaled_add(product[: len(sums)], sums, 1.0, accumulate=accumulate)
+        memory = workspace.view(a.dtype)
+        for rows in _pieces(len(a), PRODUCT_BYTES // (max(out.shape[1], 1) * a.itemsize)):
+            product = _stored_like(out[rows], memory)
+            torch.mm(a[rows], b, out=product)
+            scaled_add(product, out[rows], 1.0, accumulate=accumulate)
 
 
 def scaled_add(x: Tensor, y: Tensor, alpha: float, *, accumulate: bool) -> None:
@@ -98,7 +116,7 @@ def torch_multiplies(dtype: torch.dtype) -> bool:
     return has is None or bool(has())  # None: a torch that does not say
 
 
-def _in_float32(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> None:
+def _in_float32(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None, workspace: Tensor) -> None:
     """``out = a @ b``, plus `start` (m, n); at most twice PIECE_BYTES of it are float32 at a time.
 
     The rows are cut as far as it takes, and the larger of the other two dimensions.
@@ -112,12 +130,9 @@ def _in_float32(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> None
     step = PIECE_BYTES // (4 * (rows[0].stop + whole + 1))
     columns, inner = _pieces(n, step if n > k else n), _pieces(k, k if n > k else step)
 
-    def memory(like: Tensor, x: slice, y: slice) -> Tensor:
-        size = 0 if like.dtype == torch.float32 else x.stop * y.stop
-        return like.new_empty(size, dtype=torch.float32)
-
-    of_a, of_b = memory(a, rows[0], inner[0]), memory(b, inner[0], columns[0])
-    of_sums = memory(out, rows[0], columns[0])
+    first_rows, first_columns, first_inner = rows[0].stop, columns[0].stop, inner[0].stop
+    sizes = [first_rows * first_inner, first_inner * first_columns, first_rows * first_columns]
+    of_a, of_b, of_sums = torch.split(workspace.view(torch.float32)[: sum(sizes)], sizes)
     for r in rows:
         x = _converted(a[r], of_a) if len(inner) == 1 else a[r]
         for c in columns:
