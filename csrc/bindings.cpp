@@ -188,23 +188,27 @@ DecodeShape decode_shape(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_quer
   return {dim, ffn_dim, n_queries, n_keys, head_dim, static_cast<DType>(dtype)};
 }
 
-// Elements of a block's packed weights, bytes of its cache for one sequence.
-std::pair<int64_t, int64_t> decode_sizes(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
-                                         int64_t n_keys, int64_t head_dim, int64_t capacity) {
+// Bytes of a layer's packed weights, of a drafting head's, and of a block's cache for one sequence.
+std::tuple<int64_t, int64_t, int64_t> decode_sizes(int dtype, int64_t dim, int64_t ffn_dim,
+                                                   int64_t n_queries, int64_t n_keys,
+                                                   int64_t head_dim, int64_t capacity) {
   const DecodeShape shape = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
-  return {decode_packed_size_cpu(shape), decode_cache_bytes_cpu(shape, capacity)};
+  return {decode_packed_bytes_cpu(shape, false), decode_packed_bytes_cpu(shape, true),
+          decode_cache_bytes_cpu(shape, capacity)};
 }
 
 void pack(int threads, int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries, int64_t n_keys,
-          int64_t head_dim, uintptr_t weights, int64_t n_blocks, uintptr_t packed) {
+          int64_t head_dim, uintptr_t weights, int64_t n_blocks, bool drafting, uintptr_t packed) {
   decode_pack_cpu(decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim),
-                  pointer<const DecodeWeights>(weights), n_blocks, pointer<void>(packed), threads);
+                  pointer<const DecodeWeights>(weights), n_blocks, drafting, pointer<void>(packed),
+                  threads);
 }
 
 DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_queries,
                            int64_t n_keys, int64_t head_dim, int64_t capacity, uintptr_t blocks,
-                           uintptr_t packed, uintptr_t cache, int64_t n_layers, int64_t n_blocks,
-                           float norm_eps, uintptr_t final_scale, uintptr_t rope, int64_t vocab,
+                           uintptr_t packed, uintptr_t packed_drafting, uintptr_t cache,
+                           int64_t n_layers, int64_t n_blocks, float norm_eps,
+                           uintptr_t final_scale, uintptr_t rope, int64_t vocab,
                            uintptr_t embedding, uintptr_t unembedding, int64_t batch, int64_t rows,
                            uintptr_t start, uintptr_t tokens, uintptr_t trunk, uintptr_t hidden,
                            uintptr_t logits, uintptr_t trunk_row, int64_t trunk_rows,
@@ -237,6 +241,7 @@ DecodeParams decode_params(int dtype, int64_t dim, int64_t ffn_dim, int64_t n_qu
   static_cast<DecodeShape&>(p) = decode_shape(dtype, dim, ffn_dim, n_queries, n_keys, head_dim);
   p.blocks = pointer<const DecodeBlock>(blocks);
   p.packed = pointer<const void>(packed);
+  p.packed_drafting = pointer<const void>(packed_drafting);
   p.cache = pointer<void>(cache);
   p.rope = pointer<const float>(rope);
   p.final_scale = pointer<const float>(final_scale);

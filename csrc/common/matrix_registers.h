@@ -18,7 +18,7 @@ namespace MTP_SIMD {
 // Inputs of a row with the zeros behind them: as many as such a register is wide.
 template <class X>
 inline int64_t padded(int64_t in) {
-  constexpr int64_t kWhole = std::is_same_v<X, BFloat16> ? 32 : 1;
+  constexpr int64_t kWhole = std::is_same_v<X, float> ? 1 : 64 / sizeof(X);
   return (in + kWhole - 1) / kWhole * kWhole;
 }
 

@@ -37,6 +37,9 @@ struct Vec {
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
@@ -124,6 +127,9 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
   }
   static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
@@ -221,6 +227,12 @@ struct Vec {
   template <class T>
   static Vec load(const T* p) {
     return Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static Vec load(const int8_t* p) {
+    typedef int8_t Byte4 __attribute__((vector_size(4)));
+    Byte4 bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Float4);
   }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {

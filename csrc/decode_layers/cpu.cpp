@@ -25,13 +25,16 @@ namespace mtp {
 namespace MTP_SIMD {
 namespace {
 
-// T, X: see panels.h.
-template <class T, class X>
+// T, X: see panels.h. A: what attention is made in.
+template <class T, class X, class A>
 class Step {
  public:
-  // abreast: blocks that take each round together.
-  Step(const DecodeParams& params, int threads, int64_t abreast)
+  // Of blocks from number `first` on, whose weights are `packed`. abreast: how many of them take
+  // each round together.
+  Step(const DecodeParams& params, int64_t first, const void* packed, int threads, int64_t abreast)
       : p_(params),
+        first_(params.blocks + first),
+        weights_(static_cast<const T*>(packed)),
         packed_(params),
         threads_(threads),
         abreast_(abreast),
@@ -40,6 +43,9 @@ class Step {
         attention_(params, threads, abreast),
         hidden_(*params.workspace, abreast * rows_, params.ffn_dim),
         normalized_(*params.workspace, threads * rows_, params.dim),
+        inputs_(*params.workspace, std::is_same_v<X, A> ? 0 : threads * rows_ * kSplit<X>,
+                std::max({params.dim, params.ffn_dim, params.n_queries * params.head_dim})),
+        factors_(*params.workspace, kSplit<X> == 1 ? 0 : threads * abreast, rows_),
         head_(*params.workspace, threads * rows_, head_width_) {}
 
   // x (abreast, rows, dim), in place.
@@ -61,6 +67,8 @@ class Step {
   }
 
  private:
+  using Made = std::conditional_t<kSplit<X> == 1, X, float>;  // rows, before they are split
+
   // Members [first, last) of every group of attention heads: its queries, key, value.
   struct Members {
     int64_t first, last;
@@ -69,7 +77,7 @@ class Step {
 
   // The weights of block b that is run.
   const T* weights(const DecodeBlock* blocks, int64_t b) const {
-    return static_cast<const T*>(p_.packed) + (blocks - p_.blocks + b) * packed_.size;
+    return weights_ + (blocks - first_ + b) * packed_.size;
   }
 
   // Of `count` things a block, which cost `cost` products each, as many as make a piece: not too
@@ -86,7 +94,7 @@ class Step {
   template <class R, class W, class F>
   void products(Worker& worker, int64_t count, int64_t together, int64_t ld, int64_t in,
                 const R& rows, const W& find, const F& take) {
-    const int64_t size = together * panel_size<X>(in);
+    const int64_t size = together * panel_size<T, X>(in);
     worker.pieces(count * abreast_, grain(count, size), [&](const auto& piece) {
       int64_t at = 0, end = 0, part = 0, block = -1;  // things of all blocks; the last one's block
       const X* x = nullptr;
@@ -94,19 +102,44 @@ class Step {
         if (at == end && !piece(at, end)) return false;
         const int64_t b = at / count;
         const bool first = b != block;
-        if (first) x = rows(block = b);
-        panel = {x, nullptr, b, at % count, part, first};
+        if (first) x = multiplied(worker, block = b, in, rows(b), ld);
+        panel = {x, nullptr, b, at % count, part, first, factors(worker, b)};
         find(panel);
         if (++part == together) part = 0, ++at;
         return true;
       };
-      panel_products<T, X>(rows_, ld, in, next, take);
+      constexpr bool kReady = std::is_convertible_v<decltype(rows(int64_t{0})), const X*>;
+      panel_products<T, X>(rows_, kReady ? ld : inputs_.ld, in, next, take);
     });
   }
 
+  // Rows x (in) of block b, `ld` apart, as they are multiplied: these, or this thread's copy.
+  template <class R>
+  const X* multiplied(const Worker& worker, int64_t b, int64_t in, const R* x, int64_t ld) {
+    if constexpr (std::is_same_v<R, X>) {
+      return x;
+    } else {
+      X* first = inputs_.row(worker.index() * rows_ * kSplit<X>);
+      for (int64_t r = 0; r < rows_; ++r, x += ld) {
+        X* y = first + r * kSplit<X> * inputs_.ld;
+        if constexpr (kSplit<X> == 2) {
+          factors(worker, b)[r] = split(x, in, y, y + inputs_.ld);
+        } else {
+          convert(x, in, y);
+        }
+      }
+      return first;
+    }
+  }
+
+  // Of int8 rows; each block has its own, since the last one's are still in use.
+  float* factors(const Worker& worker, int64_t b) const {
+    return kSplit<X> == 1 ? nullptr : factors_.row(worker.index() * abreast_ + b);
+  }
+
   // Rows x, normalised by this thread.
-  const X* normalized(const Worker& worker, const float* x, const float* scale) {
-    X* y = normalized_.row(worker.index() * rows_);
+  const Made* normalized(const Worker& worker, const float* x, const float* scale) {
+    Made* y = normalized_.row(worker.index() * rows_);
     normalize(x, p_.dim, rows_, scale, p_.dim, p_.norm_eps, y, normalized_.ld);
     return y;
   }
@@ -126,7 +159,7 @@ class Step {
         },
         [&](Panel<T, X>& panel) {
           const int64_t head = place(panel.index), at = head * panels + panel.part;
-          panel.weights = weights(blocks, panel.block) + at * panel_size<X>(p_.dim);
+          panel.weights = weights(blocks, panel.block) + at * panel_size<T, X>(p_.dim);
           panel.index = packed_.head_at(p_, head);
           if (panel.part == 0) attention_.prepare(blocks[panel.block], panel.index);
         },
@@ -157,7 +190,7 @@ class Step {
           for (int64_t r = 0; r < rows_; ++r) {
             prefetch_to_write(hidden_.row(b * rows_ + r) + i * kLanes);
           }
-          panel.weights = weights(blocks, b) + packed_.gate_up + i * panel_size<X>(p_.dim);
+          panel.weights = weights(blocks, b) + packed_.gate_up + i * panel_size<T, X>(p_.dim);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
           const int64_t unit = panel.index * kLanes;
@@ -167,7 +200,8 @@ class Step {
   }
 
   // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
-  void add_products(Worker& worker, const Scratch<X>& in, int64_t n, const DecodeBlock* blocks,
+  template <class R>
+  void add_products(Worker& worker, const Scratch<R>& in, int64_t n, const DecodeBlock* blocks,
                     int64_t offset, float* x) {
     const auto add = [](Vec sum, float* y, int64_t count) {
       if (count >= kLanes) {
@@ -185,7 +219,7 @@ class Step {
             prefetch_to_write(y);
             prefetch_to_write(y + kLanes);
           }
-          panel.weights = weights(blocks, b) + offset + i * panel_size<X>(n);
+          panel.weights = weights(blocks, b) + offset + i * panel_size<T, X>(n);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
           const int64_t o = panel.index * kPanel;
@@ -196,13 +230,17 @@ class Step {
   }
 
   const DecodeParams& p_;
-  const PackedBlock<X> packed_;
+  const DecodeBlock* const first_;
+  const T* const weights_;
+  const PackedBlock<T, X> packed_;
   const int threads_;
   const int64_t abreast_, rows_, head_width_;
-  Attention<X> attention_;
-  const Scratch<X> hidden_;      // (abreast, rows) of ffn_dim
-  const Scratch<X> normalized_;  // (threads, rows) of dim
-  const Scratch<float> head_;    // (threads, rows) of head_width
+  Attention<A> attention_;
+  const Scratch<Made> hidden_;      // (abreast, rows) of ffn_dim
+  const Scratch<Made> normalized_;  // (threads, rows) of dim
+  const Scratch<X> inputs_;         // (threads, rows): copies of rows
+  const Scratch<float> factors_;    // (threads, abreast) of rows
+  const Scratch<float> head_;       // (threads, rows) of head_width
 };
 
 // Calls f(r) for rows r < n: one round.
@@ -260,11 +298,14 @@ class Unembedding {
 }  // namespace MTP_SIMD
 
 template <>
-int64_t decode_packed_size<SimdLevel::MTP_SIMD>(const DecodeShape& shape) {
+int64_t decode_packed_bytes<SimdLevel::MTP_SIMD>(const DecodeShape& shape, bool drafting) {
   using namespace MTP_SIMD;
-  int64_t size = 0;
-  with_types(shape.dtype, [&](auto, auto row) { size = PackedBlock<decltype(row)>(shape).size; });
-  return size;
+  int64_t bytes = 0;
+  with_packed_types(shape, drafting, [&](auto, auto packed, auto row) {
+    using T = decltype(packed);
+    bytes = PackedBlock<T, decltype(row)>(shape).size * sizeof(T);
+  });
+  return bytes;
 }
 
 template <>
@@ -279,13 +320,15 @@ int64_t decode_cache_bytes<SimdLevel::MTP_SIMD>(const DecodeShape& shape, int64_
 
 template <>
 void decode_pack<SimdLevel::MTP_SIMD>(const DecodeShape& shape, const DecodeWeights* weights,
-                                      int64_t n, void* packed, int threads) {
+                                      int64_t n, bool drafting, void* to, int threads) {
   using namespace MTP_SIMD;
-  with_types(shape.dtype, [&](auto storage, auto row) {
-    const PackedBlock<decltype(row)> layout(shape);
+  with_packed_types(shape, drafting, [&](auto storage, auto packed, auto row) {
+    using T = decltype(packed);
+    const PackedBlock<T, decltype(row)> layout(shape);
     parallel_for(threads, n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        layout.pack(shape, weights[i], static_cast<decltype(storage)*>(packed) + i * layout.size);
+        T* block = static_cast<T*>(to) + i * layout.size;
+        layout.template pack<decltype(storage)>(shape, weights[i], block);
       }
     });
   });
@@ -295,12 +338,15 @@ template <>
 void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
   if (p.batch * p.rows == 0) return;
-  with_types(p.dtype, [&](auto storage, auto row) {
+  with_drafting_types(p, [&](auto storage, auto factor, auto row) {
     using T = decltype(storage);
+    using X = decltype(factor);
+    using A = decltype(row);
     const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
     p.workspace->reset();
     const Scratch<float> x(*p.workspace, rows, p.dim);
-    Step<T, decltype(row)> layers(p, threads, 1), drafting(p, threads, heads);
+    Step<T, A, A> layers(p, 0, p.packed, threads, 1);
+    Step<int8_t, X, A> drafting(p, p.n_layers, p.packed_drafting, threads, heads);
     Unembedding<T> unembedding(p, threads, p.logits == nullptr ? 0 : rows);
     run_rounds(threads, [&](Worker& worker) {
       for_rows(worker, rows, [&](int64_t r) {
@@ -330,12 +376,13 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
 template <>
 void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
   using namespace MTP_SIMD;
-  with_types(p.dtype, [&](auto storage, auto row) {
+  with_drafting_types(p, [&](auto storage, auto factor, auto row) {
     using T = decltype(storage);
+    using X = decltype(factor);
     const int64_t heads = p.n_blocks - p.n_layers, rows = heads * p.batch;
     p.workspace->reset();
     const Scratch<float> x(*p.workspace, rows, p.dim);
-    Step<T, decltype(row)> drafting(p, threads, heads);
+    Step<int8_t, X, decltype(row)> drafting(p, p.n_layers, p.packed_drafting, threads, heads);
     Unembedding<T> unembedding(p, threads, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = r % p.batch;

@@ -1,6 +1,7 @@
 // How the decode kernel keeps a block's weights, keys and values: in panels (panels.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "decode_layers/panels.h"
@@ -16,9 +17,30 @@ void with_types(DType dtype, const F& f) {
   dispatch_dtype(dtype, [&](auto storage) { f(storage, Factor<decltype(storage)>{}); });
 }
 
-// A block's matrices, in elements from the beginning. Rows of qkv are ordered by groups of
+// Calls f(T{}, X{}, A{}): T and the rows A likewise, X the rows of the drafting heads' products.
+template <class F>
+void with_drafting_types(const DecodeShape& s, const F& f) {
+  with_types(s.dtype, [&](auto storage, auto row) {
+#if defined(__AVX512BF16__)
+    constexpr int64_t kMost = INT32_MAX / (128 * 127);  // so many products fit into an int32
+    const bool fits = std::max({s.dim, s.ffn_dim, s.n_queries * s.head_dim}) <= kMost;
+    if (has_amx() && fits) return f(storage, int8_t{}, row);
+#endif
+    f(storage, float{}, row);
+  });
+}
+
+// Calls f(S{}, T{}, X{}): what weights are stored in, what they are packed in, the rows.
+template <class F>
+void with_packed_types(const DecodeShape& s, bool drafting, const F& f) {
+  with_drafting_types(s, [&](auto storage, auto factor, auto row) {
+    drafting ? f(storage, int8_t{}, factor) : f(storage, storage, row);
+  });
+}
+
+// A block's matrices in T, in elements from the beginning. Rows of qkv are ordered by groups of
 // attention heads that share keys and values: the group's queries, its key, its value.
-template <class X>
+template <class T, class X>
 struct PackedBlock {
   const int64_t group_queries;
   const int64_t head_panels;  // each attention head of qkv begins a panel
@@ -30,27 +52,28 @@ struct PackedBlock {
       : group_queries(s.n_queries / s.n_keys),
         head_panels(panels_of(s.head_dim)),
         ffn_panels(panels_of(2 * s.ffn_dim)),
-        head(head_panels * panel_size<X>(s.dim)),
+        head(head_panels * panel_size<T, X>(s.dim)),
         out((s.n_queries + 2 * s.n_keys) * head),
-        gate_up(out + panels_of(s.dim) * panel_size<X>(s.n_queries * s.head_dim)),
-        down(gate_up + ffn_panels * panel_size<X>(s.dim)),
-        size(down + panels_of(s.dim) * panel_size<X>(s.ffn_dim)) {}
+        gate_up(out + panels_of(s.dim) * panel_size<T, X>(s.n_queries * s.head_dim)),
+        down(gate_up + ffn_panels * panel_size<T, X>(s.dim)),
+        size(down + panels_of(s.dim) * panel_size<T, X>(s.ffn_dim)) {}
 
-  template <class T>
+  // S: what the model's weights are stored in.
+  template <class S>
   void pack(const DecodeShape& s, const DecodeWeights& weights, T* to) const {
-    const T* qkv = static_cast<const T*>(weights.qkv);
+    const S* qkv = static_cast<const S*>(weights.qkv);
     for (int64_t i = 0; i < s.n_queries + 2 * s.n_keys; ++i) {
       const int64_t h = head_at(s, i);
       pack_matrix(qkv + h * s.head_dim * s.dim, s.head_dim, s.dim, to + i * head);
     }
-    pack_matrix(static_cast<const T*>(weights.out), s.dim, s.n_queries * s.head_dim, to + out);
-    const T* gate = static_cast<const T*>(weights.gate_up);
+    pack_matrix(static_cast<const S*>(weights.out), s.dim, s.n_queries * s.head_dim, to + out);
+    const S* gate = static_cast<const S*>(weights.gate_up);
     for (int64_t o = 0; o < s.ffn_dim; o += kLanes) {
-      const T* rows = gate + o * s.dim;
-      T* panel = to + gate_up + o / kLanes * panel_size<X>(s.dim);
+      const S* rows = gate + o * s.dim;
+      T* panel = to + gate_up + o / kLanes * panel_size<T, X>(s.dim);
       pack_panel(rows, s.ffn_dim - o, rows + s.ffn_dim * s.dim, s.ffn_dim - o, s.dim, panel);
     }
-    pack_matrix(static_cast<const T*>(weights.down), s.dim, s.ffn_dim, to + down);
+    pack_matrix(static_cast<const S*>(weights.down), s.dim, s.ffn_dim, to + down);
   }
 
   // Which attention head of the model's qkv (queries, keys, values) is number i here.
@@ -61,20 +84,22 @@ struct PackedBlock {
   }
 
  private:
-  template <class T>
-  static void pack_matrix(const T* weight, int64_t rows, int64_t in, T* to) {
-    for (int64_t o = 0; o < rows; o += kPanel, to += panel_size<X>(in)) {
-      const T* first = weight + o * in;
+  template <class S>
+  static void pack_matrix(const S* weight, int64_t rows, int64_t in, T* to) {
+    for (int64_t o = 0; o < rows; o += kPanel, to += panel_size<T, X>(in)) {
+      const S* first = weight + o * in;
       pack_panel(first, rows - o, first + kLanes * in, rows - o - kLanes, in, to);
     }
   }
 
   // A panel whose halves are the first rows of two weights that have so many.
-  template <class T>
-  static void pack_panel(const T* first, int64_t firsts, const T* second, int64_t seconds,
+  template <class S>
+  static void pack_panel(const S* first, int64_t firsts, const S* second, int64_t seconds,
                          int64_t in, T* panel) {
-    pack_half<X>(first, firsts, in, panel);
-    pack_half<X>(second, seconds, in, panel + PanelOrder<T, X>::kSecond);
+    float* scales = reinterpret_cast<float*>(panel);
+    T* weights = panel + kScales<T>;
+    pack_half<X>(first, firsts, in, weights, scales);
+    pack_half<X>(second, seconds, in, weights + PanelOrder<T, X>::kSecond, scales + kLanes);
   }
 };
 
@@ -105,8 +130,8 @@ struct CacheLayout {
   const int64_t key_step, value_step, values, head, size;
 
   CacheLayout(const DecodeShape& s, int64_t capacity)
-      : key_step(panel_size<X>(s.head_dim)),
-        value_step(panel_size<X>(capacity)),
+      : key_step(panel_size<X, X>(s.head_dim)),
+        value_step(panel_size<X, X>(capacity)),
         values(panels_of(capacity) * key_step),
         head(values + panels_of(s.head_dim) * value_step),
         size(s.n_keys * head) {}

@@ -2,15 +2,17 @@
 // side, one input after the other, so that a vector holds the weights of as many outputs. Nothing
 // is summed across a vector, and a panel is read from memory front to back.
 //
-// T is what the weight is stored in, X what the rows are: bfloat16 where the processor has products
-// of bfloat16, by pairs of inputs (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much
-// work as one); float32 everywhere else. A row's sums are made in one order whatever stands beside
-// it.
+// T is what the weight is stored in: the model's dtype, or int8 with a scale for each output, which
+// a panel begins with. X is what the rows are: bfloat16 where the weight is and the processor has
+// such products, by pairs of inputs (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much
+// work as one); two rows of int8 for a row where the weight is int8 and there is AMX; float32
+// everywhere else. A row's sums are made in one order whatever stands beside it.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -28,14 +30,23 @@ constexpr int64_t kPanel = 2 * kLanes;  // outputs of a panel: two vectors
 constexpr int kTileRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 
 template <class X>
-constexpr int64_t kDepth = std::is_same_v<X, BFloat16> ? 2 : 1;  // inputs that lie together
+constexpr int64_t kDepth =
+    std::is_same_v<X, float> ? 1 : 4 / sizeof(X);  // inputs that lie together
+
+// Rows in memory for each row: of int8 two, its higher and its lower bits (split in rows.h).
+template <class X>
+constexpr int64_t kSplit = std::is_same_v<X, int8_t> ? 2 : 1;
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
+// Elements of a panel before its weights: an int8 panel's scales.
+template <class T>
+constexpr int64_t kScales = std::is_same_v<T, int8_t> ? kPanel * sizeof(float) : 0;
+
 // Elements of a panel.
-template <class X>
+template <class T, class X>
 inline int64_t panel_size(int64_t in) {
-  return kPanel * padded<X>(in);
+  return kScales<T> + kPanel * padded<X>(in);
 }
 
 // Where the outputs of a panel's two vectors lie: one vector's beside the other's or, if bfloat16
@@ -49,7 +60,7 @@ struct PanelOrder {
 
 // One vector's outputs of a panel, the first rows of a weight (count, in); beyond them they are 0.
 template <class X, class T>
-inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
+inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float*) {
   constexpr int64_t kNext = PanelOrder<T, X>::kNext;
   for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>, half += kPanel * kDepth<X>) {
     int64_t o = 0;
@@ -59,6 +70,38 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half) {
     for (; o < kLanes; ++o) {  // the edges
       for (int64_t j = 0; j < kDepth<X>; ++j) {
         half[o * kNext + j] = o < count && i + j < in ? weight[o * in + i + j] : T{};
+      }
+    }
+  }
+}
+
+// The same in int8, each output as numbers from -127 to 127 times a scale. An output that has a
+// weight which is not finite has the scale NaN.
+template <class X, class T>
+inline void pack_half(const T* weight, int64_t count, int64_t in, int8_t* half, float* scales) {
+  const Vec zero(0.0f);
+  for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>) {
+    std::fill_n(half + i * kPanel, kLanes * kDepth<X>, int8_t{0});
+  }
+  std::fill_n(scales, kLanes, 0.0f);
+  for (int64_t o = 0; o < std::min(count, kLanes); ++o, weight += in) {
+    const auto load = [=](int64_t i) {
+      return i + kLanes <= in ? Vec::load(weight + i) : Vec::load(weight + i, in - i, zero);
+    };
+    Vec largest = zero, zeros = zero;  // NaN where a weight is not finite
+    for (int64_t i = 0; i < in; i += kLanes) {
+      const Vec w = load(i);
+      largest = max(largest, max(w, -w));
+      zeros = fma(w, zero, zeros);
+    }
+    scales[o] = largest.hmax() / 127.0f + zeros.hsum();
+    if (!(scales[o] >= std::numeric_limits<float>::min())) continue;  // so small weights are 0
+    for (int64_t i = 0; i < in; i += kLanes) {
+      float whole[kLanes];
+      round(load(i) / Vec(scales[o])).store(whole);
+      for (int64_t j = 0; j < kLanes && i + j < padded<X>(in); j += kDepth<X>) {
+        int8_t* to = half + (i + j) * kPanel + o * PanelOrder<int8_t, X>::kNext;
+        for (int64_t k = 0; k < kDepth<X>; ++k) to[k] = static_cast<int8_t>(whole[j + k]);
       }
     }
   }
@@ -74,13 +117,24 @@ struct Panel {
   const X* x;
   const T* weights;
   int64_t block, index, part;
-  bool fresh = false;  // the rows may be in another core's cache
+  bool fresh = false;              // the rows may be in another core's cache
+  const float* factors = nullptr;  // of int8 rows
 };
 
 // A row's products with a panel.
 struct Sums {
   Vec first, second;
 };
+
+// Sums made with a panel's weights as they are stored, times their scales.
+template <class T>
+inline Sums scaled(Sums sums, const T* panel) {
+  if constexpr (kScales<T> > 0) {
+    const float* scales = reinterpret_cast<const float*>(panel);
+    sums = {sums.first * Vec::load(scales), sums.second * Vec::load(scales + kLanes)};
+  }
+  return sums;
+}
 
 // Where a pass over a panel fetches what comes next: `step` bytes further with each input.
 struct Ahead {
@@ -145,16 +199,23 @@ inline void with_row_count(int64_t rows, const F& f, std::integer_sequence<int, 
 
 #if defined(__AVX512BF16__)
 
+// A row's sums from those of its two parts, which are int32.
+inline Vec joined(const float* high, const float* low) {
+  const auto load = [](const float* p) { return Vec(_mm512_cvtepi32_ps(_mm512_loadu_si512(p))); };
+  return fma(load(high), Vec(256.0f), load(low));
+}
+
 // panel_products with the matrix registers of AMX. Numbers 0, 1: sums of 16 rows and 16 outputs; 2:
-// 16 rows and 32 inputs of x; 3, 4: 32 inputs and 16 outputs of a panel. They stay set up. Sums are
-// handed over a row at a time between the products that follow: what is made of them takes place
-// while these wait for memory.
-template <class N, class F>
+// 16 rows and 32 inputs of x (of int8 64); 3, 4: as many inputs and 16 outputs of a panel. They
+// stay set up. Sums are handed over a row at a time between the products that follow: what is made
+// of them takes place while these wait for memory.
+template <class X, class N, class F>
 inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
-  using P = Panel<BFloat16, BFloat16>;
-  constexpr int64_t kRows = 16, kInputs = 32, kLine = 64 / sizeof(BFloat16);
-  constexpr int64_t kPairBytes = 2 * sizeof(BFloat16) * kPanel, kSteps = 4;
-  const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(BFloat16);
+  using P = Panel<X, X>;
+  constexpr int64_t kRows = 16, kLine = 64 / sizeof(X), kInputs = kLine;
+  constexpr int64_t kTogetherBytes = kDepth<X> * sizeof(X) * kPanel, kSteps = 4;
+  rows *= kSplit<X>;
+  const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(X);
   set_up_matrix_registers(tile_rows);
   alignas(64) float sums[2][kRows][kLanes];
   P panel{}, summed{};  // the present one, and the one that the sums are of
@@ -168,7 +229,7 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
     }
     const int64_t first = std::min(row, rows - tile_rows);  // the last tile may begin early
     const int64_t steps = more ? in / kInputs : 0;
-    const BFloat16 *x = panel.x + first * ld, *w = panel.weights;
+    const X *x = panel.x + first * ld, *w = panel.weights + kScales<X>;
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t i = 0; i < steps || from < to; ++i) {
@@ -184,17 +245,32 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
         prefetch_quarter(0);
         _tile_loadd(2, x + i * kInputs, x_bytes);
         prefetch_quarter(1);
-        _tile_loadd(3, w, kPairBytes);
+        _tile_loadd(3, w, kTogetherBytes);
         prefetch_quarter(2);
-        _tile_dpbf16ps(0, 2, 3);
+        if constexpr (kSplit<X> == 2) {
+          _tile_dpbssd(0, 2, 3);
+        } else {
+          _tile_dpbf16ps(0, 2, 3);
+        }
         prefetch_quarter(3);
-        _tile_loadd(4, w + kPanel, kPairBytes);
-        _tile_dpbf16ps(1, 2, 4);
+        _tile_loadd(4, w + kTogetherBytes / 2 / sizeof(X), kTogetherBytes);
+        if constexpr (kSplit<X> == 2) {
+          _tile_dpbssd(1, 2, 4);
+        } else {
+          _tile_dpbf16ps(1, 2, 4);
+        }
         w += kInputs * kPanel;
       }
       if (from < to) {
-        const Sums both{Vec::load(sums[0][from]), Vec::load(sums[1][from])};
-        take(summed, summed_first + from++, both);
+        Sums both{Vec::load(sums[0][from]), Vec::load(sums[1][from])};
+        const int64_t r = (summed_first + from) / kSplit<X>;
+        if constexpr (kSplit<X> == 2) {
+          const Vec factor(summed.factors[r]);
+          both = {joined(sums[0][from], sums[0][from + 1]) * factor,
+                  joined(sums[1][from], sums[1][from + 1]) * factor};
+        }
+        from += kSplit<X>;
+        take(summed, r, scaled(both, summed.weights));
       }
     }
     if (!more) return;
@@ -206,20 +282,12 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
 
 #endif
 
-// The products of rows (`rows`, in), `ld` apart, with panels: next(panel) is true as long as there
-// is another, and says which. Calls take(panel, r, sums) for each panel, in their order, and each
-// of its rows. Rows and panels have zeros from `in` on to padded(in).
+// panel_products with vectors.
 template <class T, class X, class N, class F>
-inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<X, BFloat16>) {
-    if (has_amx()) return matrix_products(rows, ld, padded<X>(in), next, take);
-  }
-#endif
+inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, const F& take) {
   constexpr int64_t kTiles = 4, kStep = kPanel * sizeof(T);
   static_assert(kAhead / kStep % kDepth<X> == 0);
   constexpr auto kRange = std::make_integer_sequence<int, kTileRows>{};
-  const int64_t depth = padded<X>(in);
   // Tiles of rows take their turns at a part of the panel, so that memory is busy during all.
   const int64_t tiles = std::max<int64_t>((rows + kTileRows - 1) / kTileRows, 1);
   const int64_t tile = (rows + tiles - 1) / tiles, together = std::min(tiles, kTiles);
@@ -231,7 +299,7 @@ inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F
       std::fill_n(sums, n, Sums{Vec(0.0f), Vec(0.0f)});
       for (int64_t i = 0; i < depth; i += part) {
         const int64_t inputs = std::min(part, depth - i);
-        const T* weights = panel.weights + i * kPanel;
+        const T* weights = panel.weights + kScales<T> + i * kPanel;
         Ahead ahead{reinterpret_cast<const char*>(weights) + kAhead, step};
         for (int64_t r = 0; r < n; r += tile, ahead.at += inputs * step) {
           const auto add = [&](auto range) {
@@ -240,9 +308,22 @@ inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F
           with_row_count(std::min(tile, n - r), add, kRange);
         }
       }
-      for (int64_t r = 0; r < n; ++r) take(panel, row + r, sums[r]);
+      for (int64_t r = 0; r < n; ++r) take(panel, row + r, scaled(sums[r], panel.weights));
     }
   }
+}
+
+// The products of rows (`rows`, in), `ld` apart, with panels: next(panel) is true as long as there
+// is another, and says which. Calls take(panel, r, sums) for each panel, in their order, and each
+// of its rows. Rows and panels have zeros from `in` on to padded(in).
+template <class T, class X, class N, class F>
+inline void panel_products(int64_t rows, int64_t ld, int64_t in, N next, const F& take) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, X> && !std::is_same_v<X, float>) {
+    if (has_amx()) return matrix_products<X>(rows, ld, padded<X>(in), next, take);
+  }
+#endif
+  if constexpr (kSplit<X> == 1) vector_products<T, X>(rows, ld, padded<X>(in), next, take);
 }
 
 }  // namespace MTP_SIMD

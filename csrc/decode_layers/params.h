@@ -38,20 +38,21 @@ struct DecodeBlock {
 };
 
 struct DecodeParams : DecodeShape {
-  const DecodeBlock* blocks;  // the layers, then the drafting heads
-  const void* packed;         // the blocks' weights, by decode_pack at the same SIMD level
-  void* cache;                // (batch, n_blocks, decode_cache_bytes): keys and values; first zeros
-  const float* rope;          // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
-  const float* final_scale;   // (dim): weight of the norm behind the last layer and each head
-  const void* embedding;      // (vocab, dim)
-  const void* unembedding;    // (vocab, dim)
-  const int64_t* start;       // (batch): position of a sequence's first new row
-  const int64_t* tokens;      // (batch, rows), in [0, vocab); decode_heads: null
-  float* trunk;               // (batch, rows, dim): the last layer's input, which the heads share
-  const int64_t* trunk_row;   // decode_heads: (batch): which of trunk_rows of each sequence
-  float* hidden;              // (batch, rows, dim): behind the final norm; or null
-  float* logits;              // see below
-  int64_t* drafts;            // decode_heads: (batch, heads), drafts_ld apart; or null
+  const DecodeBlock* blocks;    // the layers, then the drafting heads
+  const void* packed;           // the layers' weights, by decode_pack at the same SIMD level
+  const void* packed_drafting;  // likewise the drafting heads'
+  void* cache;               // (batch, n_blocks, decode_cache_bytes): keys and values; first zeros
+  const float* rope;         // (capacity, 2, head_dim): cosines, signed sines (apply_rope)
+  const float* final_scale;  // (dim): weight of the norm behind the last layer and each head
+  const void* embedding;     // (vocab, dim)
+  const void* unembedding;   // (vocab, dim)
+  const int64_t* start;      // (batch): position of a sequence's first new row
+  const int64_t* tokens;     // (batch, rows), in [0, vocab); decode_heads: null
+  float* trunk;              // (batch, rows, dim): the last layer's input, which the heads share
+  const int64_t* trunk_row;  // decode_heads: (batch): which of trunk_rows of each sequence
+  float* hidden;             // (batch, rows, dim): behind the final norm; or null
+  float* logits;             // see below
+  int64_t* drafts;           // decode_heads: (batch, heads), drafts_ld apart; or null
   int64_t n_layers, n_blocks, vocab, batch, rows;  // rows: new ones of each sequence
   int64_t capacity;                                // positions of a sequence
   int64_t trunk_rows, drafts_ld;
@@ -59,18 +60,20 @@ struct DecodeParams : DecodeShape {
   float norm_eps;
 };
 
-// Elements of one block's packed weights.
+// Bytes of one block's packed weights: a layer's, or a drafting head's.
 template <SimdLevel level>
-int64_t decode_packed_size(const DecodeShape& shape);
+int64_t decode_packed_bytes(const DecodeShape& shape, bool drafting);
 
 // Bytes that hold the keys and values of `capacity` positions for one block and one sequence.
 template <SimdLevel level>
 int64_t decode_cache_bytes(const DecodeShape& shape, int64_t capacity);
 
-// Packs the weights of `n` blocks, one block after the other.
+// Packs the weights of `n` blocks, one block after the other: of layers as they are, of drafting
+// heads in int8, with one scale for each output. Head 0 judges what these draft, so that the output
+// remains what it is, and they are read in half the time of bfloat16.
 template <SimdLevel level>
-void decode_pack(const DecodeShape& shape, const DecodeWeights* weights, int64_t n, void* packed,
-                 int threads);
+void decode_pack(const DecodeShape& shape, const DecodeWeights* weights, int64_t n, bool drafting,
+                 void* packed, int threads);
 
 // Embeds the tokens and runs the layers, one after the other; writes `trunk`, the keys and values
 // of the drafting heads, and `hidden` or the logits (batch, rows, vocab).
@@ -82,10 +85,10 @@ void decode_layers_run(const DecodeParams& params, int threads);
 template <SimdLevel level>
 void decode_heads_run(const DecodeParams& params, int threads);
 
-inline int64_t decode_packed_size_cpu(const DecodeShape& shape) {
-  int64_t size = 0;
-  with_simd_level([&](auto level) { size = decode_packed_size<level.value>(shape); });
-  return size;
+inline int64_t decode_packed_bytes_cpu(const DecodeShape& shape, bool drafting) {
+  int64_t bytes = 0;
+  with_simd_level([&](auto level) { bytes = decode_packed_bytes<level.value>(shape, drafting); });
+  return bytes;
 }
 
 inline int64_t decode_cache_bytes_cpu(const DecodeShape& shape, int64_t capacity) {
@@ -95,9 +98,9 @@ inline int64_t decode_cache_bytes_cpu(const DecodeShape& shape, int64_t capacity
 }
 
 inline void decode_pack_cpu(const DecodeShape& shape, const DecodeWeights* weights, int64_t n,
-                            void* packed, int threads) {
+                            bool drafting, void* packed, int threads) {
   with_simd_level(
-      [&](auto level) { decode_pack<level.value>(shape, weights, n, packed, threads); });
+      [&](auto level) { decode_pack<level.value>(shape, weights, n, drafting, packed, threads); });
 }
 
 inline void decode_layers_cpu(const DecodeParams& params, int threads) {

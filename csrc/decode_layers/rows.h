@@ -70,6 +70,36 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
   normalize(x, n, 1, scale, n, eps, y, n);
 }
 
+#if defined(__AVX512BF16__)
+
+// x (n) as factor * (256 * high + low), whole numbers of which the largest is 127 * 257; returns
+// the factor, which is not finite if x is not. Zeros follow up to whole vectors.
+template <class X>
+inline float split(const X* x, int64_t n, int8_t* high, int8_t* low) {
+  constexpr float kLargest = 127 * 257;
+  const Vec zero(0.0f);
+  const auto load = [=](int64_t i) {
+    return i + kLanes <= n ? Vec::load(x + i) : Vec::load(x + i, n - i, zero);
+  };
+  Vec largest = zero, zeros = zero;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(i);
+    largest = max(largest, max(v, -v));
+    zeros = fma(v, zero, zeros);
+  }
+  const float top = largest.hmax();
+  const Vec inverse(top > 0.0f ? kLargest / top : 0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __m512i whole = _mm512_cvtps_epi32((load(i) * inverse).v);
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
+    _mm_storeu_si128((__m128i*)(low + i), _mm512_cvtepi32_epi8(whole));
+  }
+  return top / kLargest + zeros.hsum();
+}
+
+#endif
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^t within 2e-7, relative, for t from -100 to 0; below it is 2^-100. NaN stays NaN.

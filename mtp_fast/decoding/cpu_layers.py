@@ -2,7 +2,8 @@
 
 A decode step is a few rows through many layers. Done op by op it would spend most of its time
 between the ops; csrc/decode_layers goes from tokens to logits, from a copy of the layers' weights
-in the order in which it reads them. Prompts go the same way, in pieces.
+in the order in which it reads them, the drafting heads' in int8. Prompts go the same way, in
+pieces.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def runs_on_cpu(model: MTPTransformer, blocks: Sequence[Block]) -> bool:
 
 
 class PackedLayers:
-    """A model's weights as the kernel reads them: the layers' in a copy, the others in place.
+    """A model's weights as the kernel reads them: the layers' in copies, the others in place.
 
     Parameters
     ----------
@@ -60,8 +61,8 @@ class PackedLayers:
             config.n_kv_heads,
             config.head_dim,
         )
-        size, _ = _C.decode_sizes(*self.shape, 1)
-        self.packed = _packed(blocks, self.shape, size)
+        self.packed = _packed(layers, self.shape)
+        self.packed_drafting = _packed(drafting, self.shape, drafting=True)
         self.vectors = [_vectors(block) for block in blocks]
         self.table = _addresses(self.vectors)
         self.final_scale = model.norm.weight.detach().float().contiguous()
@@ -89,7 +90,7 @@ class CPULayers:
         self._outputs: tuple[Tensor, Tensor] | None = None  # of the last step
         self._draft_logits = torch.empty(batch, n_drafting, config.vocab_size)
         capacity = len(rope)
-        _, cache_bytes = _C.decode_sizes(*weights.shape, capacity)
+        *_, cache_bytes = _C.decode_sizes(*weights.shape, capacity)
         cache = torch.empty(batch, n_blocks, cache_bytes, dtype=torch.uint8)
         _C.advise_huge_pages(cache.data_ptr(), cache.nbytes)
         cache.zero_()
@@ -101,6 +102,7 @@ class CPULayers:
             capacity,
             weights.table.data_ptr(),
             weights.packed.data_ptr(),
+            weights.packed_drafting.data_ptr(),
             cache.data_ptr(),
             weights.n_layers,
             n_blocks,
@@ -238,8 +240,14 @@ def _addresses(tensors: Sequence[Sequence[Tensor | None]]) -> Tensor:
     return torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in tensors])
 
 
-def _packed(blocks: Sequence[Block], shape: tuple[int, ...], size: int) -> Tensor:
-    """The blocks' weights as csrc/decode_layers/packed.h lays them out, `size` elements each."""
+def _packed(
+    blocks: Sequence[Block],
+    shape: tuple[int, int, int, int, int, int],
+    *,
+    drafting: bool = False,
+) -> Tensor:
+    """The blocks' weights as csrc/decode_layers/packed.h lays them out; drafting heads' in int8."""
+    size = _C.decode_sizes(*shape, 1)[drafting]
     # Fields of `struct DecodeWeights`.
     weights = [
         [
@@ -250,11 +258,18 @@ def _packed(blocks: Sequence[Block], shape: tuple[int, ...], size: int) -> Tenso
         ]
         for block in blocks
     ]  # fmt: skip
-    like = weights[0][0]
-    packed = like.new_empty(len(blocks), size)
+    packed = torch.empty(len(blocks), size, dtype=torch.uint8)
     _C.advise_huge_pages(packed.data_ptr(), packed.nbytes)
     table = _addresses(weights)
-    call_kernel("decode_pack", like, *shape, table.data_ptr(), len(blocks), packed.data_ptr())
+    call_kernel(
+        "decode_pack",
+        packed,
+        *shape,
+        table.data_ptr(),
+        len(blocks),
+        drafting,
+        packed.data_ptr(),
+    )
     return packed
 
 

@@ -27,7 +27,9 @@ class PreparedModel:
 
     On a CPU the layers' weights are copied into the order in which the kernel reads them, which
     takes as long as some ten to twenty steps of one sequence, and as much memory as the layers. The
-    copy is of what they are now: after more training, prepare the model again.
+    drafting heads' matrices are rounded to int8, with a scale for each output: drafts may differ
+    from the heads' own, but not what is generated, or its distribution. The copy is of what the
+    weights are now: after more training, prepare the model again.
 
     Parameters
     ----------
