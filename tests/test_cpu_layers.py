@@ -217,7 +217,7 @@ def test_large_attention_scores(decode_level, factor):
 @torch.no_grad()
 def drafted(model):
     """Head 0's logits and the drafting heads', behind five tokens."""
-    cached = IncrementalModel(model, 4, batch=1, capacity=8)
+    cached = IncrementalModel(model, len(model.heads), batch=1, capacity=8)
     zero = torch.zeros(1, dtype=torch.int64)
     trunk, logits = cached.step(torch.tensor([[1, 2, 3, 4, 5]]), cached.rows(zero, 5, 8))
     return logits.clone(), draft_logits(cached, trunk, cached.rows(zero + 4, 1, 8))[0]
@@ -249,6 +249,16 @@ def test_a_drafting_weight_that_is_not_finite_spoils_its_head_alone(decode_level
     assert torch.equal(got, logits)
     assert not spoilt[1].isfinite().any()
     assert torch.equal(spoilt[[0, 2]], drafts[[0, 2]])
+
+
+@torch.no_grad()
+def test_more_int8_products_than_an_int32_can_hold(decode_level):
+    model = sharp_model(n_layers=3, n_future_tokens=2, ffn_dim=140_000)
+    model.heads[1].ffn.gate_up.weight[:] = model.heads[1].ffn.gate_up.weight[:1].abs()
+    model.heads[1].ffn.down.weight[:] = torch.linspace(-1, 1, 32)[:, None] / 1000
+    _, drafts = drafted(model)
+    want = as_decoded(model).logits(torch.tensor([[1, 2, 3, 4, 5]]), 1)[0, -1]
+    assert (drafts[0] - want).abs().max() <= 1e-3 * want.abs().max()
 
 
 def test_memory_to_write_is_checked():

@@ -58,9 +58,27 @@ struct PanelOrder {
   static constexpr int64_t kSecond = kAlternating ? 1 : kLanes * kDepth<X>;  // to the second vector
 };
 
+// The first of x, at most n, and zeros behind them.
+template <class T>
+inline Vec load_some(const T* x, int64_t n) {
+  return n >= kLanes ? Vec::load(x) : Vec::load(x, n, Vec(0.0f));
+}
+
+// The largest |x| of n; NaN where one is not finite.
+template <class T>
+inline float largest(const T* x, int64_t n) {
+  Vec top(0.0f), zeros(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load_some(x + i, n - i);
+    top = max(top, max(v, -v));
+    zeros = fma(v, Vec(0.0f), zeros);
+  }
+  return top.hmax() + zeros.hsum();
+}
+
 // One vector's outputs of a panel, the first rows of a weight (count, in); beyond them they are 0.
 template <class X, class T>
-inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float*) {
+inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float* /*scales*/) {
   constexpr int64_t kNext = PanelOrder<T, X>::kNext;
   for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>, half += kPanel * kDepth<X>) {
     int64_t o = 0;
@@ -79,26 +97,16 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float
 // weight which is not finite has the scale NaN.
 template <class X, class T>
 inline void pack_half(const T* weight, int64_t count, int64_t in, int8_t* half, float* scales) {
-  const Vec zero(0.0f);
   for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>) {
     std::fill_n(half + i * kPanel, kLanes * kDepth<X>, int8_t{0});
   }
   std::fill_n(scales, kLanes, 0.0f);
   for (int64_t o = 0; o < std::min(count, kLanes); ++o, weight += in) {
-    const auto load = [=](int64_t i) {
-      return i + kLanes <= in ? Vec::load(weight + i) : Vec::load(weight + i, in - i, zero);
-    };
-    Vec largest = zero, zeros = zero;  // NaN where a weight is not finite
-    for (int64_t i = 0; i < in; i += kLanes) {
-      const Vec w = load(i);
-      largest = max(largest, max(w, -w));
-      zeros = fma(w, zero, zeros);
-    }
-    scales[o] = largest.hmax() / 127.0f + zeros.hsum();
+    scales[o] = largest(weight, in) / 127.0f;
     if (!(scales[o] >= std::numeric_limits<float>::min())) continue;  // so small weights are 0
     for (int64_t i = 0; i < in; i += kLanes) {
       float whole[kLanes];
-      round(load(i) / Vec(scales[o])).store(whole);
+      round(load_some(weight + i, in - i) / Vec(scales[o])).store(whole);
       for (int64_t j = 0; j < kLanes && i + j < padded<X>(in); j += kDepth<X>) {
         int8_t* to = half + (i + j) * kPanel + o * PanelOrder<int8_t, X>::kNext;
         for (int64_t k = 0; k < kDepth<X>; ++k) to[k] = static_cast<int8_t>(whole[j + k]);

@@ -26,11 +26,6 @@ inline float square_sum(const float* x, int64_t n) {
   return sum.hsum();
 }
 
-// The first floats of x, at most n, and zeros behind them.
-inline Vec load_some(const float* x, int64_t n) {
-  return n >= kLanes ? Vec::load(x) : Vec::load(x, n, Vec(0.0f));
-}
-
 // Stores the first lanes of v, at most n.
 template <class X>
 inline void store_some(Vec v, X* y, int64_t n) {
@@ -77,25 +72,15 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
 template <class X>
 inline float split(const X* x, int64_t n, int8_t* high, int8_t* low) {
   constexpr float kLargest = 127 * 257;
-  const Vec zero(0.0f);
-  const auto load = [=](int64_t i) {
-    return i + kLanes <= n ? Vec::load(x + i) : Vec::load(x + i, n - i, zero);
-  };
-  Vec largest = zero, zeros = zero;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec v = load(i);
-    largest = max(largest, max(v, -v));
-    zeros = fma(v, zero, zeros);
-  }
-  const float top = largest.hmax();
+  const float top = largest(x, n);
   const Vec inverse(top > 0.0f ? kLargest / top : 0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const __m512i whole = _mm512_cvtps_epi32((load(i) * inverse).v);
+    const __m512i whole = _mm512_cvtps_epi32((load_some(x + i, n - i) * inverse).v);
     const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
     _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
     _mm_storeu_si128((__m128i*)(low + i), _mm512_cvtepi32_epi8(whole));
   }
-  return top / kLargest + zeros.hsum();
+  return top / kLargest;
 }
 
 #endif
