@@ -16,7 +16,7 @@ from mtp_fast.decoding.cpu_layers import runs_on_cpu
 from mtp_fast.decoding.incremental import IncrementalModel, PreparedModel
 from mtp_fast.decoding.speculative import _Decoder
 from mtp_fast.models import Block
-from tiny_models import draft_logits, ragged_prompts, sharp_model
+from tiny_models import draft_logits, ragged_prompts, round_drafting_heads, sharp_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Extents that are no multiple of any vector, and every option that changes a block.
@@ -43,15 +43,8 @@ def model_with_biases(**changes):
 
 
 def as_decoded(model):
-    """A copy in float64, the drafting heads' matrices in int8 with a scale for each output."""
-    exact = copy.deepcopy(model).double()
-    for head in exact.heads[1:]:
-        for matrix in (p for p in head.parameters() if p.ndim == 2):
-            weight = matrix.detach().float()
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            whole = (weight / scale).round().nan_to_num()  # a scale may be 0
-            matrix.copy_(whole.double() * scale.double())
-    return exact
+    """A copy in float64 with the weights that decoding uses."""
+    return round_drafting_heads(copy.deepcopy(model).double())
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:

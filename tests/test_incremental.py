@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_fast.decoding.incremental import IncrementalModel
-from tiny_models import draft_logits, sharp_model
+from tiny_models import draft_logits, round_drafting_heads, sharp_model
 
 pytestmark = pytest.mark.usefixtures("layers")
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("layers")
 @torch.no_grad()
 def test_incremental_logits_equal_full_recomputation():
     """In pieces of any size, with a ragged batch: every head, every position."""
-    model = sharp_model()
+    model = round_drafting_heads(sharp_model())
     lengths = torch.tensor([3, 7])
     tokens = torch.randint(0, 40, (2, 30))
     for pieces in ([1] * 12, [5, 1, 3, 3], [12]):
@@ -34,13 +34,13 @@ def test_incremental_logits_equal_full_recomputation():
                 torch.testing.assert_close(cached.logits(hidden)[b], expected, rtol=1e-4, atol=1e-4)
                 for k in (1, 2, 3):
                     torch.testing.assert_close(
-                        drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=1e-4, atol=1e-4
+                        drafts[b, k - 1], model.logits(context, k)[0, -1], rtol=5e-4, atol=5e-4
                     )
 
 
 @torch.no_grad()
 def test_rewinding_is_writing_again():
-    model = sharp_model()
+    model = round_drafting_heads(sharp_model())
     tokens = torch.randint(0, 40, (1, 12))
     cached = IncrementalModel(model, 4, batch=1, capacity=16)
     start = torch.zeros(1, dtype=torch.int64)
@@ -54,8 +54,8 @@ def test_rewinding_is_writing_again():
     torch.testing.assert_close(
         draft_logits(cached, trunk, cached.rows(start + 9, 1, 12))[0, 2],
         model.logits(tokens[:, :10], 3)[0, -1],
-        rtol=1e-4,
-        atol=1e-4,
+        rtol=5e-4,
+        atol=5e-4,
     )
 
 
@@ -86,7 +86,7 @@ def test_one_head_drafts_nothing():
 @torch.no_grad()
 def test_drafts_are_the_most_likely_tokens_at_a_row_of_choice(vocab_size):
     """Into columns of a larger tensor; the first of equals."""
-    model = sharp_model(vocab_size=vocab_size)
+    model = round_drafting_heads(sharp_model(vocab_size=vocab_size))
     model.unembedding.weight[vocab_size // 2 :] = model.unembedding.weight[: vocab_size // 2]
     tokens = torch.randint(0, vocab_size, (3, 4))
     start = torch.tensor([0, 2, 1])
@@ -101,6 +101,6 @@ def test_drafts_are_the_most_likely_tokens_at_a_row_of_choice(vocab_size):
         text = torch.cat([tokens[b, : start[b]], tokens[b]])[None, : start[b] + at[b] + 1]
         for k in (1, 2, 3):
             expected = model.logits(text, k)[0, -1]
-            torch.testing.assert_close(logits[b, k - 1], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits[b, k - 1], expected, rtol=5e-4, atol=5e-4)
             assert block[b, k] == logits[b, k - 1].tolist().index(logits[b, k - 1].max())
             assert block[b, k] < vocab_size // 2

@@ -34,6 +34,18 @@ def sharp_model(seed: int = 0, **changes) -> MTPTransformer:
     return model
 
 
+@torch.no_grad()
+def round_drafting_heads(model: MTPTransformer) -> MTPTransformer:
+    """Round the drafting heads' matrices to int8 with a scale for each output, as decoding does."""
+    for head in model.heads[1:]:
+        for matrix in (p for p in head.parameters() if p.ndim == 2):
+            weight = matrix.float()
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            whole = (weight / scale).round().nan_to_num()  # a scale may be 0
+            matrix.copy_(whole.to(matrix.dtype) * scale.to(matrix.dtype))
+    return model
+
+
 def cyclic_model(period: int) -> MTPTransformer:
     """A model whose every head is right on the sequence 0, 1, ..., period - 1, 0, 1, ..."""
     model = sharp_model(vocab_size=period, n_layers=4)
