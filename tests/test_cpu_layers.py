@@ -228,7 +228,8 @@ def test_drafting_weights_at_the_ends_of_the_range(decode_level, dtype):
     exact = as_decoded(model)
     _, drafts = drafted(model)
     want = exact.logits(torch.tensor([[1, 2, 3, 4, 5]]), 2)[0, -1]
-    assert (drafts[1] - want).abs().max() <= 0.1 * want.abs().max()
+    granted = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    assert (drafts[1] - want).abs().max() <= granted * want.abs().max()
 
 
 @DTYPES

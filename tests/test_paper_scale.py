@@ -117,7 +117,7 @@ def test_a_page_count_sees_the_weights_that_a_step_reads():
     one, all_heads = (scale.referenced_bytes(model, heads) for heads in (1, 8))
     block = cost.block_weights(model.config)
     assert one > 2 * 4 * block
-    assert all_heads - one > 6 * block  # drafting heads: int8
+    assert 6 * block < all_heads - one < 2 * 7 * block  # 7 drafting heads: int8
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ template <SimdLevel level>
 int64_t decode_cache_bytes(const DecodeShape& shape, int64_t capacity);
 
 // Packs the weights of `n` blocks, one block after the other: of layers as they are, of drafting
-// heads in int8, with one scale for each output. Head 0 judges what these draft, so that the output
-// remains what it is, and they are read in half the time of bfloat16.
+// heads in int8, with one scale for each output: half of bfloat16 to read. Head 0 judges what these
+// draft, so that greedy output, or the distribution of what is sampled, remains what it is.
 template <SimdLevel level>
 void decode_pack(const DecodeShape& shape, const DecodeWeights* weights, int64_t n, bool drafting,
                  void* packed, int threads);

@@ -28,8 +28,8 @@ class PreparedModel:
     On a CPU the layers' weights are copied into the order in which the kernel reads them, which
     takes as long as some ten to twenty steps of one sequence, and as much memory as the layers. The
     drafting heads' matrices are rounded to int8, with a scale for each output: drafts may differ
-    from the heads' own, but not what is generated, or its distribution. The copy is of what the
-    weights are now: after more training, prepare the model again.
+    from the heads' own, but not greedy output, nor its distribution by the exact and block rules.
+    The copy is of what the weights are now: after more training, prepare the model again.
 
     Parameters
     ----------
