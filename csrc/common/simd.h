@@ -37,9 +37,6 @@ struct Vec {
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static Vec load(const BFloat16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  static Vec load(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-  }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
@@ -63,6 +60,10 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256((__m256i*)p, narrow()); }
   void store(Half* p) const { _mm256_storeu_si256((__m256i*)p, half()); }
+  // The nearest whole numbers.
+  void store(int16_t* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
   void store(Half* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), half()); }
@@ -111,6 +112,30 @@ struct Vec {
   __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
+// Sums of products of whole numbers, as many as Vec has lanes. Operands are pairs of int16: a lane
+// adds both products of its pair.
+struct Ints {
+  __m512i v;
+
+  static Ints zero() { return {_mm512_setzero_si512()}; }
+  static Ints load(const int8_t* p) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))};
+  }
+  static Ints pair(const int16_t* p) {  // the same for every lane
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return {_mm512_set1_epi32(both)};
+  }
+  friend Ints add_products(Ints sum, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#else
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+  }
+  Vec floats() const { return _mm512_cvtepi32_ps(v); }
+};
+
 #elif defined(__AVX2__)
 
 struct Vec {
@@ -127,9 +152,6 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
   }
   static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-  static Vec load(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-  }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
@@ -161,6 +183,11 @@ struct Vec {
   void store(Half* p) const {
     _mm_storeu_si128((__m128i*)p,
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  void store(int16_t* p) const {
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                                  _mm256_extracti128_si256(whole, 1)));
   }
   template <class T>
   void store(T* p, int64_t n) const {
@@ -206,6 +233,24 @@ struct Vec {
   }
 };
 
+struct Ints {
+  __m256i v;
+
+  static Ints zero() { return {_mm256_setzero_si256()}; }
+  static Ints load(const int8_t* p) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))};
+  }
+  static Ints pair(const int16_t* p) {
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return {_mm256_set1_epi32(both)};
+  }
+  friend Ints add_products(Ints sum, Ints a, Ints b) {
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};
+  }
+  Vec floats() const { return _mm256_cvtepi32_ps(v); }
+};
+
 #else
 
 // The compiler's own vectors: SSE2, NEON or whatever the target's baseline has.
@@ -228,12 +273,6 @@ struct Vec {
   static Vec load(const T* p) {
     return Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
-  static Vec load(const int8_t* p) {
-    typedef int8_t Byte4 __attribute__((vector_size(4)));
-    Byte4 bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Float4);
-  }
   // p[0], p[2], ... and p[1], p[3], ...
   static Vec load_even(const BFloat16* p) {
     Int4 pairs;
@@ -251,6 +290,9 @@ struct Vec {
     return fill;
   }
   void store(float* p) const { memcpy(p, &v, sizeof v); }
+  void store(int16_t* p) const {
+    for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(round(*this).v[i]);
+  }
   template <class T>
   void store(T* p) const {
     store(p, kLanes);
@@ -293,6 +335,28 @@ struct Vec {
  private:
   static constexpr bool kLittleEndian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
   static constexpr int32_t kHigh = -65536;
+};
+
+struct Ints {
+  typedef int8_t Byte8 __attribute__((vector_size(8)));
+  typedef int16_t Short8 __attribute__((vector_size(16)));
+  Vec::Int4 v;
+
+  static Ints zero() { return {Vec::Int4{}}; }
+  static Ints load(const int8_t* p) {
+    Byte8 bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return {(Vec::Int4) __builtin_convertvector(bytes, Short8)};
+  }
+  static Ints pair(const int16_t* p) {
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    return {Vec::Int4{both, both, both, both}};
+  }
+  friend Ints add_products(Ints sum, Ints a, Ints b) {
+    return {sum.v + (a.v >> 16) * (b.v >> 16) + (a.v << 16 >> 16) * (b.v << 16 >> 16)};
+  }
+  Vec floats() const { return __builtin_convertvector(v, Vec::Float4); }
 };
 
 #endif

@@ -32,7 +32,9 @@ SimdLevel supported_level() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    if (!__builtin_cpu_supports("avx512bf16")) return SimdLevel::avx512;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) {
+      return SimdLevel::avx512;
+    }
     if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
         !__builtin_cpu_supports("amx-int8") || !may_use_matrix_registers()) {
       return SimdLevel::avx512_bf16;

@@ -45,7 +45,7 @@ class Step {
         normalized_(*params.workspace, threads * rows_, params.dim),
         inputs_(*params.workspace, std::is_same_v<X, A> ? 0 : threads * rows_ * kSplit<X>,
                 std::max({params.dim, params.ffn_dim, params.n_queries * params.head_dim})),
-        factors_(*params.workspace, kSplit<X> == 1 ? 0 : threads * abreast, rows_),
+        factors_(*params.workspace, kIntegers<X> ? threads * abreast : 0, rows_),
         head_(*params.workspace, threads * rows_, head_width_) {}
 
   // x (abreast, rows, dim), in place.
@@ -67,7 +67,7 @@ class Step {
   }
 
  private:
-  using Made = std::conditional_t<kSplit<X> == 1, X, float>;  // rows, before they are split
+  using Made = std::conditional_t<kIntegers<X>, float, X>;  // rows, before they are whole numbers
 
   // Members [first, last) of every group of attention heads: its queries, key, value.
   struct Members {
@@ -124,6 +124,8 @@ class Step {
         X* y = first + r * kSplit<X> * inputs_.ld;
         if constexpr (kSplit<X> == 2) {
           factors(worker, b)[r] = split(x, in, y, y + inputs_.ld);
+        } else if constexpr (kIntegers<X>) {
+          factors(worker, b)[r] = to_whole(x, in, y);
         } else {
           convert(x, in, y);
         }
@@ -132,9 +134,9 @@ class Step {
     }
   }
 
-  // Of int8 rows; each block has its own, since the last one's are still in use.
+  // Of rows of whole numbers; each block has its own, since the last one's are still in use.
   float* factors(const Worker& worker, int64_t b) const {
-    return kSplit<X> == 1 ? nullptr : factors_.row(worker.index() * abreast_ + b);
+    return kIntegers<X> ? factors_.row(worker.index() * abreast_ + b) : nullptr;
   }
 
   // Rows x, normalised by this thread.

@@ -26,7 +26,7 @@ void with_drafting_types(const DecodeShape& s, const F& f) {
     const bool fits = std::max({s.dim, s.ffn_dim, s.n_queries * s.head_dim}) <= kMost;
     if (has_amx() && fits) return f(storage, int8_t{}, row);
 #endif
-    f(storage, float{}, row);
+    f(storage, int16_t{}, row);
   });
 }
 

@@ -3,10 +3,11 @@
 // is summed across a vector, and a panel is read from memory front to back.
 //
 // T is what the weight is stored in: the model's dtype, or int8 with a scale for each output, which
-// a panel begins with. X is what the rows are: bfloat16 where the weight is and the processor has
-// such products, by pairs of inputs (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much
-// work as one); two rows of int8 for a row where the weight is int8 and there is AMX; float32
-// everywhere else. A row's sums are made in one order whatever stands beside it.
+// a panel begins with. X is what the rows are. Where the weight is int8: whole numbers and a factor
+// for each row, int16 by pairs of inputs or, where there is AMX, two rows of int8 for one.
+// Otherwise: bfloat16 where the weight is and the processor has such products, by pairs
+// (AVX512_BF16) or by matrices (AMX, to which 16 rows are as much work as one); float32 everywhere
+// else. A row's sums are made in one order whatever stands beside it.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +33,10 @@ constexpr int kTileRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 template <class X>
 constexpr int64_t kDepth =
     std::is_same_v<X, float> ? 1 : 4 / sizeof(X);  // inputs that lie together
+
+// Whether rows are whole numbers, which a row's factor makes what they were.
+template <class X>
+constexpr bool kIntegers = std::is_integral_v<X>;
 
 // Rows in memory for each row: of int8 two, its higher and its lower bits (split in rows.h).
 template <class X>
@@ -116,8 +121,7 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, int8_t* half, 
 }
 
 // What is fetched lies so many bytes ahead that it loads while several rows are computed.
-constexpr int64_t kAhead = 4096;
-inline void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kAhead); }
+constexpr int64_t kAhead = 8192;
 
 // A panel, the rows to multiply with it, and the caller's numbers for it.
 template <class T, class X>
@@ -126,7 +130,7 @@ struct Panel {
   const T* weights;
   int64_t block, index, part;
   bool fresh = false;              // the rows may be in another core's cache
-  const float* factors = nullptr;  // of int8 rows
+  const float* factors = nullptr;  // of rows of whole numbers
 };
 
 // A row's products with a panel.
@@ -160,8 +164,8 @@ __attribute__((noinline)) void panel_sums(const float* x, int64_t ld, const T* p
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = sums[r].first, b[r] = sums[r].second), ...);
   for (int64_t i = 0; i < in; ++i, panel += kPanel, ahead.at += ahead.step) {
-    prefetch(ahead.at);
-    if (sizeof(T) * kPanel > kLineBytes) prefetch(ahead.at + kLineBytes);
+    prefetch_far(ahead.at);
+    if (sizeof(T) * kPanel > kLineBytes) prefetch_far(ahead.at + kLineBytes);
     Vec w0, w1, v;
     if constexpr (PanelOrder<T, float>::kAlternating) {
       w0 = Vec::load_even(panel), w1 = Vec::load_odd(panel);
@@ -173,6 +177,26 @@ __attribute__((noinline)) void panel_sums(const float* x, int64_t ld, const T* p
   ((sums[r] = {a[r], b[r]}), ...);
 }
 
+// Inputs whose products, with numbers of up to 15 and 7 bits, an int32 can hold.
+constexpr int64_t kMostIntegers = 512;
+
+template <int... r>
+__attribute__((noinline)) void panel_sums(const int16_t* x, int64_t ld, const int8_t* panel,
+                                          int64_t in, Ahead ahead, Sums* sums,
+                                          std::integer_sequence<int, r...>) {
+  Ints a[sizeof...(r)], b[sizeof...(r)];
+  ((a[r] = b[r] = Ints::zero()), ...);
+  for (int64_t i = 0; i < in; i += 2, panel += 2 * kPanel, ahead.at += 2 * ahead.step) {
+    prefetch_far(ahead.at);
+    const Ints w0 = Ints::load(panel), w1 = Ints::load(panel + kPanel);
+    Ints v;
+    ((v = Ints::pair(x + r * ld + i), a[r] = add_products(a[r], v, w0),
+      b[r] = add_products(b[r], v, w1)),
+     ...);
+  }
+  ((sums[r] = {sums[r].first + a[r].floats(), sums[r].second + b[r].floats()}), ...);
+}
+
 #if defined(__AVX512BF16__)
 
 template <int... r>
@@ -181,8 +205,8 @@ inline void panel_sums(const BFloat16* x, int64_t ld, const BFloat16* panel, int
   Vec a[sizeof...(r)], b[sizeof...(r)];
   ((a[r] = sums[r].first, b[r] = sums[r].second), ...);
   for (int64_t i = 0; i < in; i += 2, panel += 2 * kPanel, ahead.at += 2 * ahead.step) {
-    prefetch(ahead.at);
-    prefetch(ahead.at + kLineBytes);
+    prefetch_far(ahead.at);
+    prefetch_far(ahead.at + kLineBytes);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + kPanel);
     const auto pair = [](const BFloat16* p) {
@@ -222,6 +246,7 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
   using P = Panel<X, X>;
   constexpr int64_t kRows = 16, kLine = 64 / sizeof(X), kInputs = kLine;
   constexpr int64_t kTogetherBytes = kDepth<X> * sizeof(X) * kPanel, kSteps = 4;
+  constexpr int64_t kAheadOfMatrices = 4096;
   rows *= kSplit<X>;
   const int64_t tile_rows = std::min(rows, kRows), x_bytes = ld * sizeof(X);
   set_up_matrix_registers(tile_rows);
@@ -243,7 +268,9 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
     for (int64_t i = 0; i < steps || from < to; ++i) {
       if (i < steps) {
         const auto prefetch_quarter = [&](int64_t quarter) __attribute__((always_inline)) {
-          for (int64_t line = 0; line < 8; ++line) prefetch_ahead(w + (8 * quarter + line) * kLine);
+          for (int64_t line = 0; line < 8; ++line) {
+            prefetch(w + kAheadOfMatrices / sizeof(X) + (8 * quarter + line) * kLine);
+          }
         };
         if (panel.fresh && i + kSteps < steps) {
           for (int64_t r = 0; r < tile_rows; ++r) {
@@ -294,12 +321,13 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
 template <class T, class X, class N, class F>
 inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, const F& take) {
   constexpr int64_t kTiles = 4, kStep = kPanel * sizeof(T);
-  static_assert(kAhead / kStep % kDepth<X> == 0);
+  constexpr int64_t kPart = kIntegers<X> ? std::min(kAhead / kStep, kMostIntegers) : kAhead / kStep;
+  static_assert(kPart % kDepth<X> == 0);
   constexpr auto kRange = std::make_integer_sequence<int, kTileRows>{};
   // Tiles of rows take their turns at a part of the panel, so that memory is busy during all.
   const int64_t tiles = std::max<int64_t>((rows + kTileRows - 1) / kTileRows, 1);
   const int64_t tile = (rows + tiles - 1) / tiles, together = std::min(tiles, kTiles);
-  const int64_t part = together > 1 ? kAhead / kStep : depth, step = kStep / together;
+  const int64_t part = kIntegers<X> || together > 1 ? kPart : depth, step = kStep / together;
   for (Panel<T, X> panel; next(panel);) {
     for (int64_t row = 0; row < rows; row += together * tile) {
       const int64_t n = std::min(together * tile, rows - row);
@@ -316,7 +344,13 @@ inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, con
           with_row_count(std::min(tile, n - r), add, kRange);
         }
       }
-      for (int64_t r = 0; r < n; ++r) take(panel, row + r, scaled(sums[r], panel.weights));
+      for (int64_t r = 0; r < n; ++r) {
+        if constexpr (kIntegers<X>) {
+          const Vec factor(panel.factors[row + r]);
+          sums[r] = {sums[r].first * factor, sums[r].second * factor};
+        }
+        take(panel, row + r, scaled(sums[r], panel.weights));
+      }
     }
   }
 }

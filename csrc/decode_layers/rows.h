@@ -65,22 +65,37 @@ inline void normalize(const float* x, const float* scale, int64_t n, float eps, 
   normalize(x, n, 1, scale, n, eps, y, n);
 }
 
+// Of rows as whole numbers, the largest: so that two int8 hold it.
+constexpr float kLargestWhole = 127 * 257;
+
+// x (n) as factor * whole; returns the factor, which is not finite if x is not. Zeros follow up to
+// a whole vector.
+template <class X>
+inline float to_whole(const X* x, int64_t n, int16_t* whole) {
+  const float top = largest(x, n);
+  if (!(top > 1e-34f)) {  // so small rows are 0
+    std::fill_n(whole, (n + kLanes - 1) / kLanes * kLanes, int16_t{0});
+    return top / kLargestWhole;
+  }
+  const Vec inverse(kLargestWhole / top);
+  for (int64_t i = 0; i < n; i += kLanes) (load_some(x + i, n - i) * inverse).store(whole + i);
+  return top / kLargestWhole;
+}
+
 #if defined(__AVX512BF16__)
 
-// x (n) as factor * (256 * high + low), whole numbers of which the largest is 127 * 257; returns
-// the factor, which is not finite if x is not. Zeros follow up to whole vectors.
+// The same in two int8: factor * (256 * high + low).
 template <class X>
 inline float split(const X* x, int64_t n, int8_t* high, int8_t* low) {
-  constexpr float kLargest = 127 * 257;
   const float top = largest(x, n);
-  const Vec inverse(top > 0.0f ? kLargest / top : 0.0f);
+  const Vec inverse(top > 0.0f ? kLargestWhole / top : 0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
     const __m512i whole = _mm512_cvtps_epi32((load_some(x + i, n - i) * inverse).v);
     const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
     _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
     _mm_storeu_si128((__m128i*)(low + i), _mm512_cvtepi32_epi8(whole));
   }
-  return top / kLargest;
+  return top / kLargestWhole;
 }
 
 #endif
