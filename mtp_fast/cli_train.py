@@ -103,16 +103,20 @@ def _option(name: str) -> str:
 
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     """Train as `args` say; return whether the run is complete."""
+    with torchrun_group(device) as device:
+        return _train(args, device)
+
+
+def _train(args: argparse.Namespace, device: torch.device) -> bool:
     from mtp_fast.terminal import TrainingProgress
 
     if args.tensorboard is not None:
         from mtp_fast.training.tensorboard import TensorBoardLog
 
-    with torchrun_group(device) as device, ExitStack() as stack:
-        make = _new_trainer if args.resume is None else _resumed_trainer
-        trainer = make(args, device)
-        if process_rank() != 0:
-            return trainer.run()
+    trainer = (_new_trainer if args.resume is None else _resumed_trainer)(args, device)
+    if process_rank() != 0:
+        return trainer.run()
+    with ExitStack() as stack:
         reports = [stack.enter_context(TrainingProgress(trainer)).report]
         if args.tensorboard is not None:
             log = TensorBoardLog(args.tensorboard, trainer.step)

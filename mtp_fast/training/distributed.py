@@ -6,6 +6,7 @@ that torchrun did not start.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 def torchrun_group(device: torch.device) -> Iterator[torch.device]:
     """Join the processes that torchrun started, for the duration of the context.
 
+    What holds on to the group, as what `data_parallel` returns does, must be gone when the context
+    ends: gloo's threads last as long as the group, and may abort a process that ends before them.
+
     Parameters
     ----------
     device : torch.device
@@ -33,16 +37,22 @@ def torchrun_group(device: torch.device) -> Iterator[torch.device]:
     if not dist.is_torchelastic_launched():
         yield device
         return
+    # DistributedDataParallel imports it; defaults of its functions are the group that they find.
+    import torch.distributed.nn
+
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    group = dist.group.WORLD
     try:
         yield device
     finally:
         dist.destroy_process_group()
+        gc.collect()  # DistributedDataParallel is part of a cycle
+        del group  # the last reference, and one that joins the threads without holding the GIL
 
 
 def process_count() -> int:
