@@ -13,9 +13,11 @@ namespace mtp {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using OmpGetThreadNum = int (*)();
 
 struct Runtime {
   GompParallel parallel = nullptr;
+  OmpGetThreadNum thread_number = nullptr;
   std::string path = "std::thread";
 };
 
@@ -28,9 +30,9 @@ int consider_library(dl_phdr_info* info, size_t, void* pointer) {
   }
   void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return 0;
-  if (auto symbol = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"))) {
-    found = {symbol, path};
-  }
+  const auto parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+  const auto number = reinterpret_cast<OmpGetThreadNum>(dlsym(library, "omp_get_thread_num"));
+  if (parallel != nullptr && number != nullptr) found = {parallel, number, path};
   dlclose(library);
   // Other packages may bring runtimes of their own; the one inside torch's folder is torch's.
   return found.parallel != nullptr && strstr(path, "torch") != nullptr ? 1 : 0;
@@ -47,14 +49,22 @@ const Runtime& runtime() {
 
 }  // namespace
 
-void run_on_threads(int threads, void (*body)(void*), void* context) {
+void run_on_threads(int threads, void (*body)(void*, int), void* context) {
   if (const GompParallel parallel = runtime().parallel) {
-    parallel(body, context, static_cast<unsigned>(threads), 0);
+    struct Job {
+      void (*body)(void*, int);
+      void* context;
+    } job{body, context};
+    const auto run = [](void* pointer) {
+      const Job& j = *static_cast<Job*>(pointer);
+      j.body(j.context, runtime().thread_number());
+    };
+    parallel(run, &job, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(body, context);
-  body(context);
+  for (int i = 1; i < threads; ++i) team.emplace_back(body, context, i);
+  body(context, 0);
   for (std::thread& thread : team) thread.join();
 }
 

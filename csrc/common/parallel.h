@@ -13,21 +13,22 @@
 
 namespace mtp {
 
-// Runs body(context) on `threads` threads at once, the caller's among them; returns when all are
-// done.
-void run_on_threads(int threads, void (*body)(void*), void* context);
+// Runs body(context, number) on up to `threads` threads at once, the caller's, number 0, among
+// them; returns when all are done. A thread of the pool has the same number each time, so that what
+// it finds in its caches can be its own.
+void run_on_threads(int threads, void (*body)(void*, int), void* context);
 
 // Where the threads come from: the path of the OpenMP runtime, or "std::thread".
 const char* thread_source();
 
 // Calls f(begin, end) for pieces of [0, n), `grain` items each, handed out in order to whichever
-// thread is free. f may take a third argument, the worker's number in [0, threads), to find its
+// thread is free. f may take a third argument, the thread's number in [0, threads), to find its
 // part of a workspace; results must not depend on it.
 template <class F>
 void parallel_for(int threads, int64_t n, int64_t grain, const F& f) {
-  const auto call = [&f](int64_t begin, int64_t end, int worker) {
+  const auto call = [&f](int64_t begin, int64_t end, int number) {
     if constexpr (std::is_invocable_v<F, int64_t, int64_t, int>) {
-      f(begin, end, worker);
+      f(begin, end, number);
     } else {
       f(begin, end);
     }
@@ -38,19 +39,17 @@ void parallel_for(int threads, int64_t n, int64_t grain, const F& f) {
   if (threads <= 1) return call(0, n, 0);
   struct Context {
     std::atomic<int64_t> next;
-    std::atomic<int> workers;
     int64_t n, grain;
     const decltype(call)* body;
-  } context{{0}, {0}, n, grain, &call};
+  } context{{0}, n, grain, &call};
   run_on_threads(
       threads,
-      [](void* pointer) {
+      [](void* pointer, int number) {
         auto& c = *static_cast<Context*>(pointer);
-        const int worker = c.workers.fetch_add(1, std::memory_order_relaxed);
         for (;;) {
           const int64_t begin = c.next.fetch_add(c.grain, std::memory_order_relaxed);
           if (begin >= c.n) return;
-          (*c.body)(begin, begin + c.grain < c.n ? begin + c.grain : c.n, worker);
+          (*c.body)(begin, begin + c.grain < c.n ? begin + c.grain : c.n, number);
         }
       },
       &context);

@@ -23,14 +23,12 @@ struct Team {
 
   std::vector<Share> shares;
   alignas(64) std::atomic<int64_t> done{0};  // pieces finished, of all rounds
-  alignas(64) std::atomic<int> workers{0};
 };
 
 // One thread of a team that goes through rounds.
 class Worker {
  public:
-  explicit Worker(Team& team)
-      : team_(team), index_(team.workers.fetch_add(1, std::memory_order_relaxed)) {}
+  Worker(Team& team, int number) : team_(team), index_(number) {}
 
   int index() const { return index_; }  // in [0, threads), to find its part of a workspace
 
@@ -104,12 +102,12 @@ void run_rounds(int threads, const F& program) {
     Team team;
     const F* program;
   } context{Team(std::max(threads, 1)), &program};
-  const auto body = [](void* pointer) {
+  const auto body = [](void* pointer, int number) {
     auto& c = *static_cast<Context*>(pointer);
-    Worker worker(c.team);
+    Worker worker(c.team, number);
     (*c.program)(worker);
   };
-  threads <= 1 ? body(&context) : run_on_threads(threads, body, &context);
+  threads <= 1 ? body(&context, 0) : run_on_threads(threads, body, &context);
 }
 
 }  // namespace mtp

@@ -89,8 +89,8 @@ class Step {
   }
 
   // One round of products: rows(b), `ld` apart, with every block's `count` things of `together`
-  // panels. A worker asks for rows when he comes to a block; find(panel) sets a panel's weights,
-  // and may give the thing another number than its place.
+  // panels. A worker asks for rows when he comes to a block, while its first weights load;
+  // find(panel) sets a panel's weights, and may give the thing another number than its place.
   template <class R, class W, class F>
   void products(Worker& worker, int64_t count, int64_t together, int64_t ld, int64_t in,
                 const R& rows, const W& find, const F& take) {
@@ -102,9 +102,12 @@ class Step {
         if (at == end && !piece(at, end)) return false;
         const int64_t b = at / count;
         const bool first = b != block;
-        if (first) x = multiplied(worker, block = b, in, rows(b), ld);
         panel = {x, nullptr, b, at % count, part, first, factors(worker, b)};
         find(panel);
+        if (first) {
+          fetch_first(panel.weights);
+          panel.x = x = multiplied(worker, block = b, in, rows(b), ld);
+        }
         if (++part == together) part = 0, ++at;
         return true;
       };

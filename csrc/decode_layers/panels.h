@@ -123,6 +123,13 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, int8_t* half, 
 // What is fetched lies so many bytes ahead that it loads while several rows are computed.
 constexpr int64_t kAhead = 8192;
 
+// Fetches the weights that no pass over others will have fetched.
+inline void fetch_first(const void* weights) {
+  for (int64_t i = 0; i < kAhead; i += kLineBytes) {
+    prefetch_far(static_cast<const char*>(weights) + i);
+  }
+}
+
 // A panel, the rows to multiply with it, and the caller's numbers for it.
 template <class T, class X>
 struct Panel {
