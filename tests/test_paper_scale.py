@@ -113,7 +113,7 @@ def test_a_step_takes_what_blocks_and_losses_take():
     assert scale.training_seconds(SHAPE, 2.0, 3.0) == 2 * blocks + 3 * losses
 
 
-def test_a_page_count_sees_the_weights_that_a_step_reads():
+def test_a_page_count_sees_the_weights_that_a_step_reads(tmp_path):
     # A process of its own: the pages of what earlier tests left behind count too.
     counts = """if True:
         import sys
@@ -124,8 +124,9 @@ def test_a_page_count_sees_the_weights_that_a_step_reads():
         print(*(scale.referenced_bytes(model, heads) for heads in (1, 8)))
     """
     command = [sys.executable, "-c", counts, str(Path(scale.__file__).parent)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    block, one, all_heads = map(int, output.split())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    block, one, all_heads = map(int, done.stdout.split())
     assert one > 2 * 4 * block
     assert 6 * block < all_heads - one < 2 * 7 * block  # 7 drafting heads: int8
 
