@@ -27,9 +27,10 @@ class PreparedModel:
 
     On a CPU the layers' weights are copied into the order in which the kernel reads them, which
     takes as long as some ten to twenty steps of one sequence, and as much memory as the layers. The
-    drafting heads' matrices are rounded to int8, with a scale for each output: drafts may differ
-    from the heads' own, but not greedy output, nor its distribution by the exact and block rules.
-    The copy is of what the weights are now: after more training, prepare the model again.
+    drafting heads' matrices are rounded to int8, with a scale for each output, and what they are
+    multiplied with to 16 bits: drafts may differ from the heads' own, but not greedy output, nor
+    the distribution of what is sampled by the exact and block rules. The copy is of what the
+    weights are now: after more training, prepare the model again.
 
     Parameters
     ----------
