@@ -5,7 +5,10 @@ The kernel is driven through `IncrementalModel`, which hands it all that it does
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from mtp_fast.decoding.speculative import _Decoder
 from mtp_fast.models import Block
 from tiny_models import draft_logits, ragged_prompts, round_drafting_heads, sharp_model
 
+# Layers that two threads share by halves, on every level; two of each half's widths are odd.
+HALVES = {"dim": 51, "attention_head_dim": 16, "ffn_dim": 640}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Extents that are no multiple of any vector, and every option that changes a block.
 SHAPES = {
@@ -27,6 +32,8 @@ SHAPES = {
     "odd widths": {"dim": 51, "attention_head_dim": 6, "ffn_dim": 37, "n_attention_heads": 3,
                    "n_kv_heads": 1},
     "wide heads": {"attention_head_dim": 70, "n_attention_heads": 2, "n_kv_heads": 1},
+    "halves": HALVES,
+    "halves of one head": {"dim": 64, "n_attention_heads": 2, "ffn_dim": 128},
     "bias": {"qkv_bias": True},
     "head norms": {"qk_norm": True},
     "both": {"qkv_bias": True, "qk_norm": True, "dim": 40, "ffn_dim": 100},
@@ -104,14 +111,15 @@ def test_against_the_models_forward_in_float64(decode_level, monkeypatch, dtype,
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [{"ffn_dim": 600}, HALVES], ids=["whole", "halves"])
 @torch.no_grad()
-def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
+def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype, shape):
     """Beside other sequences, beside other rows of its own, at any number of threads.
 
     Together they are so many, of so many inputs, that they take turns at parts of a weight.
     """
     batch = 9
-    model = sharp_model(ffn_dim=600).to(dtype)
+    model = sharp_model(**shape).to(dtype)
     tokens = torch.randint(0, 40, (batch, 4))
     start = torch.zeros(batch, dtype=torch.int64)
     many = IncrementalModel(model, 4, batch=batch, capacity=8)
@@ -127,6 +135,38 @@ def test_a_row_has_the_same_bits_beside_any_others(decode_level, dtype):
             assert torch.equal(alone[0, 0], together[b, t])
         assert torch.equal(draft_logits(single, trunk, rows)[0], drafts[b])
     torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def two_threads_on_one_processor() -> Iterator[None]:
+    count = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.randn(400, 400).exp()  # the threads begin
+    allowed = os.sched_getaffinity(0)
+    threads = [int(t) for t in os.listdir("/proc/self/task")]
+    try:
+        for thread in threads:
+            os.sched_setaffinity(thread, {min(allowed)})
+        yield
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, allowed)
+        torch.set_num_threads(count)
+
+
+@torch.no_grad()
+def test_a_thread_goes_on_without_the_other():
+    """Whoever has the processor does both halves of a layer, until the other is back."""
+    model = sharp_model(n_layers=130, **HALVES)
+    tokens = torch.randint(0, 40, (1, 8))
+    cached = IncrementalModel(model, 4, batch=1, capacity=8)
+    rows = cached.rows(torch.zeros(1, dtype=torch.int64), 8, 8)
+    want = [x.clone() for x in cached.step(tokens, rows)]
+    with two_threads_on_one_processor():
+        for _ in range(100):
+            for x, y in zip(cached.step(tokens, rows), want, strict=True):
+                assert torch.equal(x, y)
+                x.zero_()
 
 
 @DTYPES

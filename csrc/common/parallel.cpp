@@ -13,11 +13,11 @@ namespace mtp {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-using OmpGetThreadNum = int (*)();
+using OmpGet = int (*)();
 
 struct Runtime {
   GompParallel parallel = nullptr;
-  OmpGetThreadNum thread_number = nullptr;
+  OmpGet thread_number = nullptr, thread_count = nullptr;  // inside of parallel
   std::string path = "std::thread";
 };
 
@@ -31,8 +31,11 @@ int consider_library(dl_phdr_info* info, size_t, void* pointer) {
   void* library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return 0;
   const auto parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
-  const auto number = reinterpret_cast<OmpGetThreadNum>(dlsym(library, "omp_get_thread_num"));
-  if (parallel != nullptr && number != nullptr) found = {parallel, number, path};
+  const auto number = reinterpret_cast<OmpGet>(dlsym(library, "omp_get_thread_num"));
+  const auto count = reinterpret_cast<OmpGet>(dlsym(library, "omp_get_num_threads"));
+  if (parallel != nullptr && number != nullptr && count != nullptr) {
+    found = {parallel, number, count, path};
+  }
   dlclose(library);
   // Other packages may bring runtimes of their own; the one inside torch's folder is torch's.
   return found.parallel != nullptr && strstr(path, "torch") != nullptr ? 1 : 0;
@@ -49,22 +52,22 @@ const Runtime& runtime() {
 
 }  // namespace
 
-void run_on_threads(int threads, void (*body)(void*, int), void* context) {
+void run_on_threads(int threads, void (*body)(void*, int, int), void* context) {
   if (const GompParallel parallel = runtime().parallel) {
     struct Job {
-      void (*body)(void*, int);
+      void (*body)(void*, int, int);
       void* context;
     } job{body, context};
     const auto run = [](void* pointer) {
       const Job& j = *static_cast<Job*>(pointer);
-      j.body(j.context, runtime().thread_number());
+      j.body(j.context, runtime().thread_number(), runtime().thread_count());
     };
     parallel(run, &job, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(body, context, i);
-  body(context, 0);
+  for (int i = 1; i < threads; ++i) team.emplace_back(body, context, i, threads);
+  body(context, 0, threads);
   for (std::thread& thread : team) thread.join();
 }
 

@@ -13,10 +13,10 @@
 
 namespace mtp {
 
-// Runs body(context, number) on up to `threads` threads at once, the caller's, number 0, among
-// them; returns when all are done. A thread of the pool has the same number each time, so that what
-// it finds in its caches can be its own.
-void run_on_threads(int threads, void (*body)(void*, int), void* context);
+// Runs body(context, number, count) on `count` threads at once, at most `threads`, the caller's,
+// number 0, among them; returns when all are done. A thread of the pool has the same number each
+// time, so that what it finds in its caches can be its own.
+void run_on_threads(int threads, void (*body)(void*, int, int), void* context);
 
 // Where the threads come from: the path of the OpenMP runtime, or "std::thread".
 const char* thread_source();
@@ -44,7 +44,7 @@ void parallel_for(int threads, int64_t n, int64_t grain, const F& f) {
   } context{{0}, n, grain, &call};
   run_on_threads(
       threads,
-      [](void* pointer, int number) {
+      [](void* pointer, int number, int) {
         auto& c = *static_cast<Context*>(pointer);
         for (;;) {
           const int64_t begin = c.next.fetch_add(c.grain, std::memory_order_relaxed);

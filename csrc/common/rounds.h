@@ -8,11 +8,27 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/parallel.h"
 
 namespace mtp {
+
+// Waits some microseconds for `number` to be at least `least`; returns whether it is.
+inline bool spin_for(const std::atomic<int64_t>& number, int64_t least) {
+  constexpr int kSpins = 10000;
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (number.load(std::memory_order_acquire) >= least) return true;
+  }
+  return false;
+}
+
+// Waits for it, and lets others run: there may be more threads than processors.
+inline void wait_for(const std::atomic<int64_t>& number, int64_t least) {
+  if (spin_for(number, least)) return;
+  while (number.load(std::memory_order_acquire) < least) std::this_thread::yield();
+}
 
 // What the threads of a team share. Each of its fields has a cache line of its own.
 struct Team {
@@ -28,9 +44,11 @@ struct Team {
 // One thread of a team that goes through rounds.
 class Worker {
  public:
-  Worker(Team& team, int number) : team_(team), index_(number) {}
+  // One of `count`; the team may be meant for more than the runtime gave.
+  Worker(Team& team, int number, int count) : team_(team), index_(number), count_(count) {}
 
   int index() const { return index_; }  // in [0, threads), to find its part of a workspace
+  int count() const { return count_; }
 
   // Calls f(next), where next(begin, end) is true as long as there is a piece of [0, n) that this
   // worker is to do, and says which; what all workers did in this round is done, and seen, when it
@@ -56,9 +74,7 @@ class Worker {
       return false;
     });
     if (done > 0) team_.done.fetch_add(done, std::memory_order_release);
-    for (int spins = 0; team_.done.load(std::memory_order_acquire) < due_; ++spins) {
-      if (spins >= kSpins) std::this_thread::yield();  // more threads than processors
-    }
+    wait_for(team_.done, due_);
   }
 
   // The same, calling f(begin, end) for each piece.
@@ -71,8 +87,6 @@ class Worker {
   }
 
  private:
-  static constexpr int kSpins = 10000;
-
   int threads() const { return static_cast<int>(team_.shares.size()); }
   int64_t first_piece(int64_t pieces, int share) const { return pieces * share / threads(); }
 
@@ -90,9 +104,36 @@ class Worker {
   }
 
   Team& team_;
-  const int index_;
+  const int index_, count_;
   int64_t begun_ = 0;
   int64_t due_ = 0;  // pieces of the rounds begun
+};
+
+// One thread's share of rounds that are one piece a share, as Worker gives it: nobody helps, and
+// nothing is waited for.
+class Alone {
+ public:
+  // Share `share` of `shares`, of worker number `index`.
+  Alone(int index, int share, int shares) : index_(index), share_(share), shares_(shares) {}
+
+  int index() const { return index_; }
+
+  template <class F>
+  void pieces(int64_t n, int64_t /*grain*/, const F& f) const {
+    bool more = true;
+    f([&](int64_t& begin, int64_t& end) {
+      begin = n * share_ / shares_, end = n * (share_ + 1) / shares_;
+      return std::exchange(more, false) && begin < end;
+    });
+  }
+
+  template <class F>
+  void round(int64_t n, int64_t /*grain*/, const F& f) const {
+    f(n * share_ / shares_, n * (share_ + 1) / shares_);
+  }
+
+ private:
+  const int index_, share_, shares_;
 };
 
 // Calls program(worker) on each of up to `threads` threads; each goes through the same rounds.
@@ -102,12 +143,12 @@ void run_rounds(int threads, const F& program) {
     Team team;
     const F* program;
   } context{Team(std::max(threads, 1)), &program};
-  const auto body = [](void* pointer, int number) {
+  const auto body = [](void* pointer, int number, int count) {
     auto& c = *static_cast<Context*>(pointer);
-    Worker worker(c.team, number);
+    Worker worker(c.team, number, count);
     (*c.program)(worker);
   };
-  threads <= 1 ? body(&context, 0) : run_on_threads(threads, body, &context);
+  threads <= 1 ? body(&context, 0, 1) : run_on_threads(threads, body, &context);
 }
 
 }  // namespace mtp

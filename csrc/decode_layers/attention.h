@@ -19,7 +19,7 @@ namespace MTP_SIMD {
 template <class X>
 class Attention {
  public:
-  Attention(const DecodeParams& params, int threads, int64_t abreast)
+  Attention(const DecodeParams& params, int threads, int64_t abreast, int64_t halves)
       : p_(params),
         cache_(params, params.capacity),
         rows_(params.batch * params.rows),
@@ -30,20 +30,23 @@ class Attention {
                           abreast * params.batch * params.n_queries >= 2 * threads
                       ? 2
                       : 1),
-        queries_(*params.workspace, abreast * rows_ * params.n_queries, params.head_dim),
-        attended_(*params.workspace, abreast * rows_, params.n_queries * params.head_dim),
-        rotated_(*params.workspace, threads, params.head_dim),
-        scores_(*params.workspace, threads * together_ * params.rows, reach_),
-        weights_(*params.workspace, threads * together_ * params.rows, reach_),
-        factors_(*params.workspace, threads, together_ * params.rows),
-        places_(*params.workspace, 1, rows_) {
+        halves_(halves),
+        queries_(*params.workspace, halves, abreast * rows_ * (params.n_queries / halves),
+                 params.head_dim),
+        attended_(*params.workspace, halves, abreast * rows_,
+                  params.n_queries / halves * params.head_dim),
+        rotated_(*params.workspace, threads, 1, params.head_dim),
+        scores_(*params.workspace, threads, together_ * params.rows, reach_),
+        weights_(*params.workspace, threads, together_ * params.rows, reach_),
+        factors_(*params.workspace, threads, 1, together_ * params.rows),
+        places_(*params.workspace, 1, 1, rows_) {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t b = r / params.rows;
-      places_.row(0)[r] = {b, params.start[b] + r % params.rows};
+      places_.row(0, 0)[r] = {b, params.start[b] + r % params.rows};
     }
   }
 
-  const Scratch<X>& attended() const { return attended_; }  // (abreast, rows)
+  const Scratch<X>& attended() const { return attended_; }  // (halves; abreast, rows)
   int64_t products_of_a_group() const { return 2 * together_ * p_.rows * reach_ * p_.head_dim; }
 
   // Fetches the lines of the cache that take() will write of attention head h: they are elsewhere.
@@ -74,7 +77,7 @@ class Attention {
   // Bias, norm and rotation of attention head h of a row; then to its place.
   void take(int worker, const DecodeBlock& block, int64_t b, int64_t h, int64_t row, float* x) {
     const int64_t size = p_.head_dim, half = size / 2;
-    const auto [sequence, position] = places_.row(0)[row];
+    const auto [sequence, position] = places_.row(0, 0)[row];
     const int64_t key = h - p_.n_queries, value = key - p_.n_keys;
     if (block.qkv_bias != nullptr) {
       for (int64_t i = 0; i < size; ++i) x[i] += block.qkv_bias[h * size + i];
@@ -89,8 +92,7 @@ class Attention {
     }
     const float* scale = key < 0 ? block.query_scale : block.key_scale;
     if (scale != nullptr) normalize(x, scale, size, p_.norm_eps, x);
-    X* rotated =
-        key < 0 ? queries_.row((b * rows_ + row) * p_.n_queries + h) : rotated_.row(worker);
+    X* rotated = key < 0 ? query(b * rows_ + row, h) : rotated_.row(worker, 0);
     const float* cosine = p_.rope + position * 2 * size;  // of one half: the other has the same,
     const float* sine = cosine + size + half;             // and here the same negated
     for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {
@@ -108,18 +110,20 @@ class Attention {
     }
   }
 
-  // Groups of attention heads that attend() takes, of each sequence.
-  int64_t groups() const { return (p_.n_queries + together_ - 1) / together_; }
+  // Groups of attention heads that attend() takes, of each sequence, as many of each half.
+  int64_t groups() const { return halves_ * groups_of_a_half(); }
 
   // A group of attention heads, all of a sequence's new rows. Row r sees `shared` + r positions.
   void attend(int worker, const DecodeBlock& block, int64_t b, int64_t sequence, int64_t group) {
     const int64_t size = p_.head_dim, row = (b * p_.batch + sequence) * p_.rows;
-    const int64_t first = group * together_, count = std::min(together_, p_.n_queries - first);
+    const int64_t half = p_.n_queries / halves_, of_half = group % groups_of_a_half() * together_;
+    const int64_t first = group / groups_of_a_half() * half + of_half;
+    const int64_t count = std::min(together_, half - of_half);
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
     const int64_t shared = p_.start[sequence] + 1, seen = p_.start[sequence] + p_.rows;
-    float* scores = scores_.row(worker * together_ * p_.rows);
-    X* weights = weights_.row(worker * together_ * p_.rows);
-    float* factors = factors_.row(worker);
+    float* scores = scores_.row(worker, 0);
+    X* weights = weights_.row(worker, 0);
+    float* factors = factors_.row(worker, 0);
     const auto keys = [&](int64_t i) {
       return cached(block, sequence, (first + i) / (p_.n_queries / p_.n_keys));
     };
@@ -134,16 +138,16 @@ class Attention {
         return true;
       };
     };
-    panel_products<X, X>(
-        p_.rows, p_.n_queries * queries_.ld, size,
-        in_turn(
-            panels_of(seen), cache_.key_step,
-            [&](int64_t i) { return queries_.row(row * p_.n_queries + first + i); }, keys),
-        [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
-          float* to = scores + (panel.block * p_.rows + r) * reach_ + panel.index * kPanel;
-          sums.first.store(to);
-          sums.second.store(to + kLanes);
-        });
+    panel_products<X, X>(p_.rows, half * queries_.ld, size,
+                         in_turn(
+                             panels_of(seen), cache_.key_step,
+                             [&](int64_t i) { return query(row, first + i); }, keys),
+                         [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
+                           float* to =
+                               scores + (panel.block * p_.rows + r) * reach_ + panel.index * kPanel;
+                           sums.first.store(to);
+                           sums.second.store(to + kLanes);
+                         });
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t r = 0; r < p_.rows; ++r) {
@@ -161,8 +165,8 @@ class Attention {
                                [&](int64_t i) { return weights + i * p_.rows * reach_; }, from),
                            [&](const Panel<X, X>& panel, int64_t r, Sums sums) {
                              if (r < begin || r >= end) return;
-                             X* y = attended_.row(row + r) + (first + panel.block) * size +
-                                    panel.index * kPanel;
+                             X* y = attended_.row(first / half, row + r) +
+                                    (first % half + panel.block) * size + panel.index * kPanel;
                              const Vec factor(factors[panel.block * p_.rows + r]);
                              const int64_t n = size - panel.index * kPanel;
                              store_some(sums.first * factor, y, n);
@@ -193,6 +197,14 @@ class Attention {
   // asleep between its stages.
   static constexpr int64_t kFew = 2048;
 
+  int64_t groups_of_a_half() const { return (p_.n_queries / halves_ + together_ - 1) / together_; }
+
+  // Query h of a row.
+  X* query(int64_t row, int64_t h) const {
+    const int64_t half = p_.n_queries / halves_;
+    return queries_.row(h / half, row * half + h % half);
+  }
+
   struct Place {
     int64_t sequence, position;
   };
@@ -221,10 +233,11 @@ class Attention {
   const int64_t rows_;
   const int64_t reach_;           // positions that any row sees, at most, in whole panels
   const int64_t together_;        // attention heads of a group, the last maybe fewer
-  const Scratch<X> queries_;      // (abreast, rows, n_queries) rows of head_dim
-  const Scratch<X> attended_;     // (abreast, rows) of n_queries * head_dim
+  const int64_t halves_;          // 2 where threads take a half each of the heads
+  const Scratch<X> queries_;      // (halves; abreast, rows, n_queries / halves) of head_dim
+  const Scratch<X> attended_;     // (halves; abreast, rows) of n_queries / halves * head_dim
   const Scratch<X> rotated_;      // (threads) of head_dim: a key
-  const Scratch<float> scores_;   // (threads, together, rows of a sequence) of reach
+  const Scratch<float> scores_;   // (threads; together, rows of a sequence) of reach
   const Scratch<X> weights_;      // likewise
   const Scratch<float> factors_;  // (threads) of together * rows of a sequence
   const Scratch<Place> places_;   // (1) of rows

@@ -1,5 +1,4 @@
-// The CPU kernel of a decode step, from tokens to logits. A block is five rounds of a team of
-// threads (common/rounds.h):
+// The CPU kernel of a decode step, from tokens to logits. What a block does:
 //
 //   1. norm, products with qkv, bias, norm and rotation of each attention head; keys and values go
 //      to the cache
@@ -8,11 +7,17 @@
 //   4. norm, products with gate_up, silu(gate) * up
 //   5. products with `down`, added to x
 //
-// Several blocks that are independent (the drafting heads) take each round together. The norms are
-// made anew by every thread that needs them: that is cheaper than another round.
+// For a team of threads (common/rounds.h) these are five rounds. Several blocks that are
+// independent (the drafting heads) take each round together. The norms are made anew by every
+// thread that needs them: that is cheaper than another round.
+//
+// Two threads take a half each of the layers' attention heads and hidden units (common/halves.h):
+// 1 to 3 are a round then, 4 and 5 another. Of what a thread makes only its sums, in 3 and 5, go to
+// the other; each adds both to an x of its own. How x is summed does not depend on the threads.
 #include <algorithm>
 #include <cstring>
 
+#include "common/halves.h"
 #include "common/rounds.h"
 #include "common/scratch.h"
 #include "decode_layers/attention.h"
@@ -40,18 +45,60 @@ class Step {
         abreast_(abreast),
         rows_(params.batch * params.rows),
         head_width_(packed_.head_panels * kPanel),
-        attention_(params, threads, abreast),
-        hidden_(*params.workspace, abreast * rows_, params.ffn_dim),
-        normalized_(*params.workspace, threads * rows_, params.dim),
-        inputs_(*params.workspace, std::is_same_v<X, A> ? 0 : threads * rows_ * kSplit<X>,
+        attention_(params, threads, abreast, packed_.halves),
+        hidden_(*params.workspace, packed_.halves, abreast * rows_, packed_.down_in),
+        normalized_(*params.workspace, threads, rows_, params.dim),
+        inputs_(*params.workspace, threads, std::is_same_v<X, A> ? 0 : rows_ * kSplit<X>,
                 std::max({params.dim, params.ffn_dim, params.n_queries * params.head_dim})),
-        factors_(*params.workspace, kIntegers<X> ? threads * abreast : 0, rows_),
-        head_(*params.workspace, threads * rows_, head_width_) {}
+        factors_(*params.workspace, threads, kIntegers<X> ? abreast : 0, rows_),
+        head_(*params.workspace, threads, rows_, head_width_),
+        kept_(*params.workspace, threads, packed_.halves == 2 ? rows_ : 0,
+              panels_of(params.dim) * kPanel),
+        sent_(*params.workspace, 2, packed_.halves == 2 ? rows_ : 0,
+              panels_of(params.dim) * kPanel) {}
+
+  // Whether this worker and another take a half each.
+  bool in_halves(const Worker& worker) const { return packed_.halves == 2 && worker.count() == 2; }
 
   // x (abreast, rows, dim), in place.
   void run(Worker& worker, const DecodeBlock* blocks, float* x) {
     project(worker, blocks, x, rows_ * p_.dim, all());
     finish(worker, blocks, x);
+  }
+
+  // All layers, in halves; `xs` (2; rows, dim) is the same x twice, one for each worker. Returns
+  // what is behind the last layer, which `last` (rows, dim) is the input of.
+  float* run_halves(Halves& halves, const Worker& worker, const Scratch<float>& xs, float* last) {
+    const int me = worker.index();
+    const int64_t size = sizeof(float) * rows_ * p_.dim, rounds = 2 * p_.n_layers;
+    float* x = xs.row(me, 0);
+    const auto half = [&](int64_t round, int h) {
+      const DecodeBlock* block = p_.blocks + (round - 1) / 2;
+      float* to[] = {sent(round, h), h == me ? kept_.row(me, 0) : sent(round, h)};
+      const Alone share(me, h, 2);
+      if (round % 2 == 1) {
+        if (h == 0 && round + 1 == rounds) memcpy(last, x, size);
+        project(share, block, x, 0, all());
+        attend(share, block);
+        half_products(me, h, attention_.attended(), packed_.out_in, block, packed_.out, to);
+      } else {
+        gate(share, block, x);
+        half_products(me, h, hidden_, packed_.down_in, block, packed_.down, to);
+      }
+    };
+    const auto join = [&](int64_t round) {
+      const float *kept = kept_.row(me, 0), *received = sent(round, 1 - me);
+      for (int64_t i = 0; i < rows_ * kept_.ld; i += kLanes) prefetch_to_write(received + i);
+      for (int64_t r = 0; r < rows_; ++r, kept += kept_.ld, received += kept_.ld) {
+        float* y = x + r * p_.dim;
+        for (int64_t i = 0; i < p_.dim; i += kLanes) {
+          const Vec sum = Vec::load(kept + i) + Vec::load(received + i);
+          store_some(load_some(y + i, p_.dim - i) + sum, y + i, p_.dim - i);
+        }
+      }
+    };
+    const auto give = [&] { memcpy(xs.row(1 - me, 0), x, size); };
+    return mtp::run_halves(halves, me, rounds, half, join, give) ? x : xs.row(1 - me, 0);
   }
 
   // x (rows, dim), the same for all: one round.
@@ -89,10 +136,11 @@ class Step {
   }
 
   // One round of products: rows(b), `ld` apart, with every block's `count` things of `together`
-  // panels. A worker asks for rows when he comes to a block, while its first weights load;
-  // find(panel) sets a panel's weights, and may give the thing another number than its place.
-  template <class R, class W, class F>
-  void products(Worker& worker, int64_t count, int64_t together, int64_t ld, int64_t in,
+  // panels, each panel with rows that are `apart` from the last one's. A worker asks for rows when
+  // he comes to a block, while its first weights load; find(panel) sets a panel's weights, and may
+  // give the thing another number than its place.
+  template <class P, class R, class W, class F>
+  void products(P&& worker, int64_t count, int64_t together, int64_t apart, int64_t ld, int64_t in,
                 const R& rows, const W& find, const F& take) {
     const int64_t size = together * panel_size<T, X>(in);
     worker.pieces(count * abreast_, grain(count, size), [&](const auto& piece) {
@@ -102,12 +150,13 @@ class Step {
         if (at == end && !piece(at, end)) return false;
         const int64_t b = at / count;
         const bool first = b != block;
-        panel = {x, nullptr, b, at % count, part, first, factors(worker, b)};
+        panel = {nullptr, nullptr, b, at % count, part, first, factors(worker.index(), b)};
         find(panel);
         if (first) {
           fetch_first(panel.weights);
-          panel.x = x = multiplied(worker, block = b, in, rows(b), ld);
+          x = multiplied(worker.index(), block = b, in, rows(b), ld);
         }
+        panel.x = x + part * apart;
         if (++part == together) part = 0, ++at;
         return true;
       };
@@ -118,11 +167,11 @@ class Step {
 
   // Rows x (in) of block b, `ld` apart, as they are multiplied: these, or this thread's copy.
   template <class R>
-  const X* multiplied(const Worker& worker, int64_t b, int64_t in, const R* x, int64_t ld) {
+  const X* multiplied(int worker, int64_t b, int64_t in, const R* x, int64_t ld) {
     if constexpr (std::is_same_v<R, X>) {
       return x;
     } else {
-      X* first = inputs_.row(worker.index() * rows_ * kSplit<X>);
+      X* first = inputs_.row(worker, 0);
       for (int64_t r = 0; r < rows_; ++r, x += ld) {
         X* y = first + r * kSplit<X> * inputs_.ld;
         if constexpr (kSplit<X> == 2) {
@@ -138,19 +187,20 @@ class Step {
   }
 
   // Of rows of whole numbers; each block has its own, since the last one's are still in use.
-  float* factors(const Worker& worker, int64_t b) const {
-    return kIntegers<X> ? factors_.row(worker.index() * abreast_ + b) : nullptr;
+  float* factors(int worker, int64_t b) const {
+    return kIntegers<X> ? factors_.row(worker, b) : nullptr;
   }
 
   // Rows x, normalised by this thread.
-  const Made* normalized(const Worker& worker, const float* x, const float* scale) {
-    Made* y = normalized_.row(worker.index() * rows_);
+  const Made* normalized(int worker, const float* x, const float* scale) {
+    Made* y = normalized_.row(worker, 0);
     normalize(x, p_.dim, rows_, scale, p_.dim, p_.norm_eps, y, normalized_.ld);
     return y;
   }
 
   // Queries, keys and values of each block's x.
-  void project(Worker& worker, const DecodeBlock* blocks, const float* x, int64_t block_stride,
+  template <class P>
+  void project(P&& worker, const DecodeBlock* blocks, const float* x, int64_t block_stride,
                Members members) {
     const int64_t taken = members.last - members.first;  // of each group of attention heads
     const int64_t panels = packed_.head_panels;
@@ -158,18 +208,19 @@ class Step {
       return i / taken * all().last + members.first + i % taken;
     };
     products(
-        worker, p_.n_keys * taken, panels, normalized_.ld, p_.dim,
+        worker, p_.n_keys * taken, panels, 0, normalized_.ld, p_.dim,
         [&](int64_t b) {
-          return normalized(worker, x + b * block_stride, blocks[b].attention_scale);
+          return normalized(worker.index(), x + b * block_stride, blocks[b].attention_scale);
         },
         [&](Panel<T, X>& panel) {
-          const int64_t head = place(panel.index), at = head * panels + panel.part;
-          panel.weights = weights(blocks, panel.block) + at * panel_size<T, X>(p_.dim);
+          const int64_t head = place(panel.index);
+          panel.weights = weights(blocks, panel.block) + packed_.qkv_at(head) +
+                          panel.part * panel_size<T, X>(p_.dim);
           panel.index = packed_.head_at(p_, head);
           if (panel.part == 0) attention_.prepare(blocks[panel.block], panel.index);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
-          float* head = head_.row(worker.index() * rows_ + r);
+          float* head = head_.row(worker.index(), r);
           sums.first.store(head + panel.part * kPanel);
           sums.second.store(head + panel.part * kPanel + kLanes);
           if (panel.part + 1 < panels) return;
@@ -178,33 +229,49 @@ class Step {
   }
 
   void finish(Worker& worker, const DecodeBlock* blocks, float* x) {
-    const int64_t groups = attention_.groups(), of_block = p_.batch * groups;
+    attend(worker, blocks);
+    add_products(worker, attention_.attended(), packed_.out_in, blocks, packed_.out, x);
+    gate(worker, blocks, x);
+    add_products(worker, hidden_, packed_.down_in, blocks, packed_.down, x);
+  }
+
+  template <class P>
+  void attend(P&& worker, const DecodeBlock* blocks) {
+    const int64_t of_block = p_.batch * attention_.groups();
     worker.round(of_block * abreast_, grain(of_block, attention_.products_of_a_group()),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
-                     const int64_t b = i / of_block, sequence = i % of_block / groups;
-                     attention_.attend(worker.index(), blocks[b], b, sequence, i % groups);
+                     const int64_t b = i / of_block, group = i % of_block / p_.batch;
+                     attention_.attend(worker.index(), blocks[b], b, i % p_.batch, group);
                    }
                  });
-    add_products(worker, attention_.attended(), p_.n_queries * p_.head_dim, blocks, packed_.out, x);
+  }
+
+  // The hidden units of each block's x.
+  template <class P>
+  void gate(P&& worker, const DecodeBlock* blocks, const float* x) {
+    const int64_t units = packed_.ffn_panels / packed_.halves;
     products(
-        worker, packed_.ffn_panels, 1, normalized_.ld, p_.dim,
-        [&](int64_t b) { return normalized(worker, x + b * rows_ * p_.dim, blocks[b].ffn_scale); },
+        worker, packed_.ffn_panels, 1, 0, normalized_.ld, p_.dim,
+        [&](int64_t b) {
+          return normalized(worker.index(), x + b * rows_ * p_.dim, blocks[b].ffn_scale);
+        },
         [&](Panel<T, X>& panel) {
           const int64_t b = panel.block, i = panel.index;
           for (int64_t r = 0; r < rows_; ++r) {
-            prefetch_to_write(hidden_.row(b * rows_ + r) + i * kLanes);
+            prefetch_to_write(hidden_.row(i / units, b * rows_ + r) + i % units * kLanes);
           }
-          panel.weights = weights(blocks, b) + packed_.gate_up + i * panel_size<T, X>(p_.dim);
+          panel.weights = weights(blocks, b) + packed_.gate_up_at(p_, i);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
-          const int64_t unit = panel.index * kLanes;
-          store_some(gated(sums), hidden_.row(panel.block * rows_ + r) + unit, p_.ffn_dim - unit);
+          const int64_t h = panel.index / units, unit = panel.index % units * kLanes;
+          store_some(gated(sums), hidden_.row(h, panel.block * rows_ + r) + unit,
+                     packed_.down_in - unit);
         });
-    add_products(worker, hidden_, p_.ffn_dim, blocks, packed_.down, x);
   }
 
-  // x += in (abreast, rows, n) @ weight.T, the weight at `offset` of each block's.
+  // x += in (halves; abreast, rows, n) @ weight.T: both halves' sums, added up. A half of the
+  // weight (dim, n) is at `offset` of each half of a block.
   template <class R>
   void add_products(Worker& worker, const Scratch<R>& in, int64_t n, const DecodeBlock* blocks,
                     int64_t offset, float* x) {
@@ -216,7 +283,8 @@ class Step {
       }
     };
     products(
-        worker, panels_of(p_.dim), 1, in.ld, n, [&](int64_t b) { return in.row(b * rows_); },
+        worker, panels_of(p_.dim), packed_.halves, in.step, in.ld, n,
+        [&](int64_t b) { return in.row(0, b * rows_); },
         [&](Panel<T, X>& panel) {
           const int64_t b = panel.block, i = panel.index;
           for (int64_t r = 0; r < rows_; ++r) {
@@ -224,13 +292,47 @@ class Step {
             prefetch_to_write(y);
             prefetch_to_write(y + kLanes);
           }
-          panel.weights = weights(blocks, b) + offset + i * panel_size<T, X>(n);
+          panel.weights =
+              weights(blocks, b) + panel.part * packed_.half + offset + i * panel_size<T, X>(n);
         },
         [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
           const int64_t o = panel.index * kPanel;
           float* y = x + (panel.block * rows_ + r) * p_.dim + o;
+          if (packed_.halves == 2) {
+            float* kept = kept_.row(worker.index(), r);
+            if (panel.part == 0) {
+              sums.first.store(kept);
+              sums.second.store(kept + kLanes);
+              return;
+            }
+            sums = {sums.first + Vec::load(kept), sums.second + Vec::load(kept + kLanes)};
+          }
           add(sums.first, y, p_.dim - o);
           add(sums.second, y + kLanes, p_.dim - o - kLanes);
+        });
+  }
+
+  // Where half h leaves its sums in a round: where the other half's were in the last one. Its
+  // thread took over those lines when it read them; to take back its own would be one more way.
+  float* sent(int64_t round, int h) const { return sent_.row((round + h) % 2, 0); }
+
+  // Half h of the same, of one block, by a worker alone: to both of `to`, not to x.
+  template <class R>
+  void half_products(int worker, int h, const Scratch<R>& in, int64_t n, const DecodeBlock* block,
+                     int64_t offset, float* const (&to)[2]) {
+    products(
+        Alone(worker, 0, 1), panels_of(p_.dim), 1, 0, in.ld, n,
+        [&](int64_t) { return in.row(h, 0); },
+        [&](Panel<T, X>& panel) {
+          panel.weights =
+              weights(block, 0) + h * packed_.half + offset + panel.index * panel_size<T, X>(n);
+        },
+        [&](const Panel<T, X>& panel, int64_t r, Sums sums) {
+          for (float* y : to) {
+            y += r * kept_.ld + panel.index * kPanel;
+            sums.first.store(y);
+            sums.second.store(y + kLanes);
+          }
         });
   }
 
@@ -241,11 +343,13 @@ class Step {
   const int threads_;
   const int64_t abreast_, rows_, head_width_;
   Attention<A> attention_;
-  const Scratch<Made> hidden_;      // (abreast, rows) of ffn_dim
-  const Scratch<Made> normalized_;  // (threads, rows) of dim
-  const Scratch<X> inputs_;         // (threads, rows): copies of rows
-  const Scratch<float> factors_;    // (threads, abreast) of rows
-  const Scratch<float> head_;       // (threads, rows) of head_width
+  const Scratch<Made> hidden_;      // (halves; abreast, rows) of ffn_dim / halves
+  const Scratch<Made> normalized_;  // (threads; rows) of dim
+  const Scratch<X> inputs_;         // (threads; rows): copies of rows
+  const Scratch<float> factors_;    // (threads; abreast) of rows
+  const Scratch<float> head_;       // (threads; rows) of head_width
+  const Scratch<float> kept_;       // (threads; rows) of dim, in whole panels: a half's sums
+  const Scratch<float> sent_;       // (2; rows) likewise
 };
 
 // Calls f(r) for rows r < n: one round.
@@ -265,8 +369,8 @@ class Unembedding {
       : p_(params),
         rows_(rows),
         grain_(few_rows::outputs_per_piece<T>(params.vocab, params.dim, threads)),
-        normalized_(*params.workspace, threads * rows, params.dim),
-        packed_(*params.workspace, threads, Rows::packed_size(rows, params.dim)) {}
+        normalized_(*params.workspace, threads, rows, params.dim),
+        packed_(*params.workspace, threads, 1, Rows::packed_size(rows, params.dim)) {}
 
   // Row r gives row to(r) of the logits.
   template <class F>
@@ -275,8 +379,8 @@ class Unembedding {
     worker.pieces(p_.vocab, grain_, [&](const auto& next) {
       int64_t begin, end;
       if (!next(begin, end)) return;
-      T* y = normalized_.row(worker.index() * rows_);
-      const Rows packed(y, normalized_.ld, rows_, p_.dim, packed_.row(worker.index()));
+      T* y = normalized_.row(worker.index(), 0);
+      const Rows packed(y, normalized_.ld, rows_, p_.dim, packed_.row(worker.index(), 0));
       packed.prepare();
       few_rows::prefetch_first(weight + begin * p_.dim, p_.dim, end - begin);
       normalize(x, p_.dim, rows_, p_.final_scale, p_.dim, p_.norm_eps, y, normalized_.ld);
@@ -295,7 +399,7 @@ class Unembedding {
 
   const DecodeParams& p_;
   const int64_t rows_, grain_;
-  const Scratch<T> normalized_;             // (threads, rows) of dim
+  const Scratch<T> normalized_;             // (threads; rows) of dim
   const Scratch<typename Rows::X> packed_;  // (threads)
 };
 
@@ -349,28 +453,36 @@ void decode_layers_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) 
     using A = decltype(row);
     const int64_t rows = p.batch * p.rows, heads = p.n_blocks - p.n_layers;
     p.workspace->reset();
-    const Scratch<float> x(*p.workspace, rows, p.dim);
+    const Scratch<float> xs(*p.workspace, threads, rows, p.dim);
+    Halves halves;
     Step<T, A, A> layers(p, 0, p.packed, threads, 1);
     Step<int8_t, X, A> drafting(p, p.n_layers, p.packed_drafting, threads, heads);
     Unembedding<T> unembedding(p, threads, p.logits == nullptr ? 0 : rows);
     run_rounds(threads, [&](Worker& worker) {
-      for_rows(worker, rows, [&](int64_t r) {
-        convert(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x.row(r));
-      });
-      for (int64_t i = 0; i < p.n_layers; ++i) {
-        if (i + 1 == p.n_layers) {
-          worker.round(1, 1, [&](int64_t, int64_t) {
-            memcpy(p.trunk, x.row(0), sizeof(float) * rows * p.dim);
-          });
+      const bool in_halves = layers.in_halves(worker);
+      float* x = xs.row(in_halves ? worker.index() : 0, 0);
+      const auto embed = [&](int64_t r) {
+        convert(static_cast<const T*>(p.embedding) + p.tokens[r] * p.dim, p.dim, x + r * p.dim);
+      };
+      if (in_halves) {
+        for (int64_t r = 0; r < rows; ++r) embed(r);
+        x = layers.run_halves(halves, worker, xs, p.trunk);
+      } else {
+        for_rows(worker, rows, embed);
+        for (int64_t i = 0; i < p.n_layers; ++i) {
+          if (i + 1 == p.n_layers) {
+            worker.round(
+                1, 1, [&](int64_t, int64_t) { memcpy(p.trunk, x, sizeof(float) * rows * p.dim); });
+          }
+          layers.run(worker, p.blocks + i, x);
         }
-        layers.run(worker, p.blocks + i, x.row(0));
       }
       if (heads > 0) drafting.store_keys_values(worker, p.blocks + p.n_layers, p.trunk);
       if (p.logits != nullptr) {
-        unembedding.run(worker, x.row(0), [](int64_t r) { return r; });
+        unembedding.run(worker, x, [](int64_t r) { return r; });
       } else {
         for_rows(worker, rows, [&](int64_t r) {
-          normalize(x.row(r), p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
+          normalize(x + r * p.dim, p.final_scale, p.dim, p.norm_eps, p.hidden + r * p.dim);
         });
       }
       release_matrix_registers();
@@ -386,19 +498,19 @@ void decode_heads_run<SimdLevel::MTP_SIMD>(const DecodeParams& p, int threads) {
     using X = decltype(factor);
     const int64_t heads = p.n_blocks - p.n_layers, rows = heads * p.batch;
     p.workspace->reset();
-    const Scratch<float> x(*p.workspace, rows, p.dim);
+    const Scratch<float> x(*p.workspace, 1, rows, p.dim);
     Step<int8_t, X, decltype(row)> drafting(p, p.n_layers, p.packed_drafting, threads, heads);
     Unembedding<T> unembedding(p, threads, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = r % p.batch;
-      memcpy(x.row(r), p.trunk + (b * p.trunk_rows + p.trunk_row[b]) * p.dim,
+      memcpy(x.row(0, r), p.trunk + (b * p.trunk_rows + p.trunk_row[b]) * p.dim,
              sizeof(float) * p.dim);
     }
     // From head by head to sequence by sequence.
     const auto place = [&](int64_t r) { return r % p.batch * heads + r / p.batch; };
     run_rounds(threads, [&](Worker& worker) {
-      drafting.read(worker, p.blocks + p.n_layers, x.row(0));
-      unembedding.run(worker, x.row(0), place);
+      drafting.read(worker, p.blocks + p.n_layers, x.row(0, 0));
+      unembedding.run(worker, x.row(0, 0), place);
       if (p.drafts != nullptr) {
         for_rows(worker, rows, [&](int64_t r) {
           p.drafts[r % p.batch * p.drafts_ld + r / p.batch] =

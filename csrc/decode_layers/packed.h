@@ -38,25 +38,51 @@ void with_packed_types(const DecodeShape& s, bool drafting, const F& f) {
   });
 }
 
+// Whether a block is divided into halves, each with half of the attention heads and hidden units:
+// where these are whole panels. Not in int8, whose scales are those of whole outputs.
+template <class T, class X>
+bool has_halves(const DecodeShape& s) {
+  const int64_t half = s.n_keys / 2 * (s.n_queries / s.n_keys) * s.head_dim;
+  return !std::is_same_v<T, int8_t> && s.n_keys % 2 == 0 && half % kPanel == 0 &&
+         s.ffn_dim % (2 * kPanel) == 0;
+}
+
 // A block's matrices in T, in elements from the beginning. Rows of qkv are ordered by groups of
-// attention heads that share keys and values: the group's queries, its key, its value.
+// attention heads that share keys and values: the group's queries, its key, its value. All that
+// belongs to a half lies together: of `out` and `down` the columns of its inputs.
 template <class T, class X>
 struct PackedBlock {
+  const int64_t halves;  // 2, or 1
   const int64_t group_queries;
-  const int64_t head_panels;  // each attention head of qkv begins a panel
-  const int64_t ffn_panels;   // of gate_up: kLanes gates and the ups beside them
-  const int64_t head;         // elements of an attention head; qkv is at 0
-  const int64_t out, gate_up, down, size;
+  const int64_t head_panels;         // each attention head of qkv begins a panel
+  const int64_t ffn_panels;          // of gate_up: kLanes gates and the ups beside them
+  const int64_t out_in, down_in;     // inputs, of a half
+  const int64_t half_heads;          // attention heads of a half's qkv
+  const int64_t head;                // elements of one
+  const int64_t out, gate_up, down;  // in a half, which begins with qkv
+  const int64_t half, size;
 
   explicit PackedBlock(const DecodeShape& s)
-      : group_queries(s.n_queries / s.n_keys),
+      : halves(has_halves<T, X>(s) ? 2 : 1),
+        group_queries(s.n_queries / s.n_keys),
         head_panels(panels_of(s.head_dim)),
         ffn_panels(panels_of(2 * s.ffn_dim)),
+        out_in(s.n_queries * s.head_dim / halves),
+        down_in(s.ffn_dim / halves),
+        half_heads((s.n_queries + 2 * s.n_keys) / halves),
         head(head_panels * panel_size<T, X>(s.dim)),
-        out((s.n_queries + 2 * s.n_keys) * head),
-        gate_up(out + panels_of(s.dim) * panel_size<T, X>(s.n_queries * s.head_dim)),
-        down(gate_up + ffn_panels * panel_size<T, X>(s.dim)),
-        size(down + panels_of(s.dim) * panel_size<T, X>(s.ffn_dim)) {}
+        out(half_heads * head),
+        gate_up(out + panels_of(s.dim) * panel_size<T, X>(out_in)),
+        down(gate_up + ffn_panels / halves * panel_size<T, X>(s.dim)),
+        half(down + panels_of(s.dim) * panel_size<T, X>(down_in)),
+        size(halves * half) {}
+
+  // Where attention head i of qkv lies, and panel `panel` of gate_up.
+  int64_t qkv_at(int64_t i) const { return i / half_heads * half + i % half_heads * head; }
+  int64_t gate_up_at(const DecodeShape& s, int64_t panel) const {
+    const int64_t panels = ffn_panels / halves;
+    return panel / panels * half + gate_up + panel % panels * panel_size<T, X>(s.dim);
+  }
 
   // S: what the model's weights are stored in.
   template <class S>
@@ -64,16 +90,22 @@ struct PackedBlock {
     const S* qkv = static_cast<const S*>(weights.qkv);
     for (int64_t i = 0; i < s.n_queries + 2 * s.n_keys; ++i) {
       const int64_t h = head_at(s, i);
-      pack_matrix(qkv + h * s.head_dim * s.dim, s.head_dim, s.dim, to + i * head);
+      pack_matrix(qkv + h * s.head_dim * s.dim, s.head_dim, s.dim, s.dim, to + qkv_at(i));
     }
-    pack_matrix(static_cast<const S*>(weights.out), s.dim, s.n_queries * s.head_dim, to + out);
+    for (int64_t h = 0; h < halves; ++h) {
+      const S* first = static_cast<const S*>(weights.out) + h * out_in;
+      pack_matrix(first, s.dim, out_in, halves * out_in, to + h * half + out);
+    }
     const S* gate = static_cast<const S*>(weights.gate_up);
     for (int64_t o = 0; o < s.ffn_dim; o += kLanes) {
       const S* rows = gate + o * s.dim;
-      T* panel = to + gate_up + o / kLanes * panel_size<T, X>(s.dim);
-      pack_panel(rows, s.ffn_dim - o, rows + s.ffn_dim * s.dim, s.ffn_dim - o, s.dim, panel);
+      T* panel = to + gate_up_at(s, o / kLanes);
+      pack_panel(rows, s.ffn_dim - o, rows + s.ffn_dim * s.dim, s.ffn_dim - o, s.dim, s.dim, panel);
     }
-    pack_matrix(static_cast<const S*>(weights.down), s.dim, s.ffn_dim, to + down);
+    for (int64_t h = 0; h < halves; ++h) {
+      const S* first = static_cast<const S*>(weights.down) + h * down_in;
+      pack_matrix(first, s.dim, down_in, s.ffn_dim, to + h * half + down);
+    }
   }
 
   // Which attention head of the model's qkv (queries, keys, values) is number i here.
@@ -85,21 +117,21 @@ struct PackedBlock {
 
  private:
   template <class S>
-  static void pack_matrix(const S* weight, int64_t rows, int64_t in, T* to) {
+  static void pack_matrix(const S* weight, int64_t rows, int64_t in, int64_t ld, T* to) {
     for (int64_t o = 0; o < rows; o += kPanel, to += panel_size<T, X>(in)) {
-      const S* first = weight + o * in;
-      pack_panel(first, rows - o, first + kLanes * in, rows - o - kLanes, in, to);
+      const S* first = weight + o * ld;
+      pack_panel(first, rows - o, first + kLanes * ld, rows - o - kLanes, in, ld, to);
     }
   }
 
   // A panel whose halves are the first rows of two weights that have so many.
   template <class S>
   static void pack_panel(const S* first, int64_t firsts, const S* second, int64_t seconds,
-                         int64_t in, T* panel) {
+                         int64_t in, int64_t ld, T* panel) {
     float* scales = reinterpret_cast<float*>(panel);
     T* weights = panel + kScales<T>;
-    pack_half<X>(first, firsts, in, weights, scales);
-    pack_half<X>(second, seconds, in, weights + PanelOrder<T, X>::kSecond, scales + kLanes);
+    pack_half<X>(first, firsts, in, ld, weights, scales);
+    pack_half<X>(second, seconds, in, ld, weights + PanelOrder<T, X>::kSecond, scales + kLanes);
   }
 };
 

@@ -81,18 +81,20 @@ inline float largest(const T* x, int64_t n) {
   return top.hmax() + zeros.hsum();
 }
 
-// One vector's outputs of a panel, the first rows of a weight (count, in); beyond them they are 0.
+// One vector's outputs of a panel, the first rows of a weight (count, in) that are `ld` apart;
+// beyond them they are 0.
 template <class X, class T>
-inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float* /*scales*/) {
+inline void pack_half(const T* weight, int64_t count, int64_t in, int64_t ld, T* half,
+                      float* /*scales*/) {
   constexpr int64_t kNext = PanelOrder<T, X>::kNext;
   for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>, half += kPanel * kDepth<X>) {
     int64_t o = 0;
     for (; i + kDepth<X> <= in && o < std::min(count, kLanes); ++o) {
-      memcpy(half + o * kNext, weight + o * in + i, kDepth<X> * sizeof(T));
+      memcpy(half + o * kNext, weight + o * ld + i, kDepth<X> * sizeof(T));
     }
     for (; o < kLanes; ++o) {  // the edges
       for (int64_t j = 0; j < kDepth<X>; ++j) {
-        half[o * kNext + j] = o < count && i + j < in ? weight[o * in + i + j] : T{};
+        half[o * kNext + j] = o < count && i + j < in ? weight[o * ld + i + j] : T{};
       }
     }
   }
@@ -101,12 +103,13 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, T* half, float
 // The same in int8, each output as numbers from -127 to 127 times a scale. An output that has a
 // weight which is not finite has the scale NaN.
 template <class X, class T>
-inline void pack_half(const T* weight, int64_t count, int64_t in, int8_t* half, float* scales) {
+inline void pack_half(const T* weight, int64_t count, int64_t in, int64_t ld, int8_t* half,
+                      float* scales) {
   for (int64_t i = 0; i < padded<X>(in); i += kDepth<X>) {
     std::fill_n(half + i * kPanel, kLanes * kDepth<X>, int8_t{0});
   }
   std::fill_n(scales, kLanes, 0.0f);
-  for (int64_t o = 0; o < std::min(count, kLanes); ++o, weight += in) {
+  for (int64_t o = 0; o < std::min(count, kLanes); ++o, weight += ld) {
     scales[o] = largest(weight, in) / 127.0f;
     if (!(scales[o] >= std::numeric_limits<float>::min())) continue;  // so small weights are 0
     for (int64_t i = 0; i < in; i += kLanes) {

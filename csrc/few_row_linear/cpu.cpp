@@ -14,9 +14,9 @@ void few_row_linear_run<SimdLevel::MTP_SIMD>(const FewRowLinearParams& p, int th
   dispatch_dtype(p.dtype, [&](auto storage) {
     using T = decltype(storage);
     Workspace workspace;
-    const MTP_SIMD::Scratch<typename Rows<T>::X> packed(workspace, 1,
+    const MTP_SIMD::Scratch<typename Rows<T>::X> packed(workspace, 1, 1,
                                                         Rows<T>::packed_size(p.rows, p.in));
-    const Rows<T> x(static_cast<const T*>(p.x), p.in, p.rows, p.in, packed.row(0));
+    const Rows<T> x(static_cast<const T*>(p.x), p.in, p.rows, p.in, packed.row(0, 0));
     for (int64_t r = 0; r < p.rows; ++r) x.pack(r);
     parallel_for(threads, p.out, outputs_per_piece<T>(p.out, p.in, threads),
                  [&](int64_t begin, int64_t end) {
