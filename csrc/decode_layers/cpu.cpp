@@ -153,7 +153,7 @@ class Step {
         panel = {nullptr, nullptr, b, at % count, part, first, factors(worker.index(), b)};
         find(panel);
         if (first) {
-          fetch_first(panel.weights);
+          fetch(panel.weights, kAhead);
           x = multiplied(worker.index(), block = b, in, rows(b), ld);
         }
         panel.x = x + part * apart;

@@ -126,9 +126,8 @@ inline void pack_half(const T* weight, int64_t count, int64_t in, int64_t ld, in
 // What is fetched lies so many bytes ahead that it loads while several rows are computed.
 constexpr int64_t kAhead = 8192;
 
-// Fetches the weights that no pass over others will have fetched.
-inline void fetch_first(const void* weights) {
-  for (int64_t i = 0; i < kAhead; i += kLineBytes) {
+inline void fetch(const void* weights, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) {
     prefetch_far(static_cast<const char*>(weights) + i);
   }
 }
@@ -331,6 +330,7 @@ inline void matrix_products(int64_t rows, int64_t ld, int64_t in, N next, const 
 template <class T, class X, class N, class F>
 inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, const F& take) {
   constexpr int64_t kTiles = 4, kStep = kPanel * sizeof(T);
+  constexpr int64_t kMeanwhile = 512;  // bytes that are fetched while a row is taken
   constexpr int64_t kPart = kIntegers<X> ? std::min(kAhead / kStep, kMostIntegers) : kAhead / kStep;
   static_assert(kPart % kDepth<X> == 0);
   constexpr auto kRange = std::make_integer_sequence<int, kTileRows>{};
@@ -339,6 +339,7 @@ inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, con
   const int64_t tile = (rows + tiles - 1) / tiles, together = std::min(tiles, kTiles);
   const int64_t part = kIntegers<X> || together > 1 ? kPart : depth, step = kStep / together;
   for (Panel<T, X> panel; next(panel);) {
+    const T* behind = panel.weights + kScales<T> + depth * kPanel + kAhead / sizeof(T);
     for (int64_t row = 0; row < rows; row += together * tile) {
       const int64_t n = std::min(together * tile, rows - row);
       Sums sums[kTiles * kTileRows];
@@ -360,6 +361,9 @@ inline void vector_products(int64_t rows, int64_t ld, int64_t depth, N next, con
           sums[r] = {sums[r].first * factor, sums[r].second * factor};
         }
         take(panel, row + r, scaled(sums[r], panel.weights));
+        if (row + r < kAhead / kMeanwhile) {
+          fetch(behind + (row + r) * kMeanwhile / sizeof(T), kMeanwhile);
+        }
       }
     }
   }
