@@ -21,7 +21,7 @@ from mtp_fast.decoding.speculative import _Decoder
 from mtp_fast.models import Block
 from tiny_models import draft_logits, ragged_prompts, round_drafting_heads, sharp_model
 
-# Layers that two threads share by halves, on every level; two of each half's widths are odd.
+# Layers that two threads take a half of each, with every instruction set; dim is odd.
 HALVES = {"dim": 51, "attention_head_dim": 16, "ffn_dim": 640}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Extents that are no multiple of any vector, and every option that changes a block.

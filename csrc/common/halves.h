@@ -5,19 +5,50 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 #include "common/rounds.h"
 
 namespace mtp {
 
+// One thread's share of rounds that are one piece a share, as Worker gives it: nobody helps, and
+// nothing is waited for.
+class Alone {
+ public:
+  // Share `share` of `shares`, of worker number `index`.
+  Alone(int index, int share, int shares) : index_(index), share_(share), shares_(shares) {}
+
+  int index() const { return index_; }
+
+  template <class F>
+  void pieces(int64_t n, int64_t /*grain*/, const F& f) const {
+    bool more = true;
+    f([&](int64_t& begin, int64_t& end) {
+      begin = n * share_ / shares_, end = n * (share_ + 1) / shares_;
+      return std::exchange(more, false) && begin < end;
+    });
+  }
+
+  template <class F>
+  void round(int64_t n, int64_t /*grain*/, const F& f) const {
+    f(n * share_ / shares_, n * (share_ + 1) / shares_);
+  }
+
+ private:
+  const int index_, share_, shares_;
+};
+
 // What the two share. Each field has a cache line of its own.
 struct Halves {
   struct Side {
-    alignas(64) std::atomic<int64_t> state{
-        0};                                    // 2 r - 1: in round r; 2 r: between that and another
-    alignas(64) std::atomic<int64_t> done{0};  // the last round whose half its thread did
-    alignas(64) std::atomic<bool> back{false};  // its thread, which was away
-    alignas(64) std::atomic<int64_t> next{0};   // the round with which it goes on
+    // 2 r - 1: its thread, or the other one for it, is in round r; 2 r: between r and the next.
+    alignas(64) std::atomic<int64_t> state{0};
+    // The last round whose half its thread did.
+    alignas(64) std::atomic<int64_t> done{0};
+    // Its thread was away, and waits to be let in.
+    alignas(64) std::atomic<bool> back{false};
+    // The round with which it is let in; past the last one if there is none left.
+    alignas(64) std::atomic<int64_t> next{0};
   } sides[2];
 };
 

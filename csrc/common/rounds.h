@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "common/parallel.h"
@@ -107,33 +106,6 @@ class Worker {
   const int index_, count_;
   int64_t begun_ = 0;
   int64_t due_ = 0;  // pieces of the rounds begun
-};
-
-// One thread's share of rounds that are one piece a share, as Worker gives it: nobody helps, and
-// nothing is waited for.
-class Alone {
- public:
-  // Share `share` of `shares`, of worker number `index`.
-  Alone(int index, int share, int shares) : index_(index), share_(share), shares_(shares) {}
-
-  int index() const { return index_; }
-
-  template <class F>
-  void pieces(int64_t n, int64_t /*grain*/, const F& f) const {
-    bool more = true;
-    f([&](int64_t& begin, int64_t& end) {
-      begin = n * share_ / shares_, end = n * (share_ + 1) / shares_;
-      return std::exchange(more, false) && begin < end;
-    });
-  }
-
-  template <class F>
-  void round(int64_t n, int64_t /*grain*/, const F& f) const {
-    f(n * share_ / shares_, n * (share_ + 1) / shares_);
-  }
-
- private:
-  const int index_, share_, shares_;
 };
 
 // Calls program(worker) on each of up to `threads` threads; each goes through the same rounds.
